@@ -1,0 +1,62 @@
+"""Build driver: hands the extension `lowbit._C` to CMake; everything declarative is in pyproject.toml.
+
+Never imports torch: the extension takes raw pointers, so one build serves every torch version.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def tool(name: str) -> str:
+    """Path of `name`, preferring the one beside this interpreter (pip's build requirements land there)."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if not found:
+        sys.exit(f"lowbit: building needs {name}; install it with: {sys.executable} -m pip install {name}")
+    return found
+
+
+class CMakeBuild(build_ext):
+    """build_ext that configures and builds CMakeLists.txt and leaves the .so where setuptools wants it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+            f"-DCMAKE_BUILD_TYPE={os.environ.get('LOWBIT_BUILD_TYPE', 'Release')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DLOWBIT_OUTPUT_DIR={target.parent}",
+        ]  # fmt: skip
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+        try:
+            # pip's build isolation gives cmake, ninja and pybind11 a new path at every build: drop the old ones.
+            (build / "CMakeCache.txt").unlink(missing_ok=True)
+            subprocess.run(configure, check=True)
+            subprocess.run([tool("cmake"), "--build", str(build), "--parallel", jobs], check=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"lowbit: building the extension failed: {' '.join(map(str, error.cmd))}")
+
+
+setup(
+    packages=["lowbit", "lowbit.kernels", "lowbit.tools"],
+    package_dir={"lowbit": "lowbit", "lowbit.kernels": "kernels", "lowbit.tools": "tools"},
+    package_data={"lowbit.tools": ["*.json"]},
+    ext_modules=[Extension("lowbit._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
