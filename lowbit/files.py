@@ -1,0 +1,77 @@
+"""Files: atomic writes and reads whose errors name the path."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from lowbit.errors import LowbitError
+
+PathLike = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def atomic_path(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; fsync and rename it to ``path`` on success, remove it on failure."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if not path.parent.is_dir():
+            raise LowbitError(f"{path}: cannot write: the folder {path.parent} does not exist")
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise LowbitError(f"{path}: cannot write: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Atomic replacement of a text file; gzip where the name ends in ``.gz``."""
+    with atomic_path(path) as temporary:
+        data = text.encode()
+        temporary.write_bytes(gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def open_text(path: PathLike) -> IO[str]:
+    """Open a UTF-8 text file, gzip-compressed or not, for reading."""
+    try:
+        if str(path).endswith(".gz"):
+            return gzip.open(path, "rt", encoding="utf-8")
+        return open(path, encoding="utf-8")
+    except OSError as error:
+        raise LowbitError(f"{path}: cannot read: {error.strerror or error}") from None
+
+
+def read_lines(path: PathLike) -> list[str]:
+    """Lines of a text file without their ends; undecodable bytes are an error that names the line."""
+    with open_text(path) as stream:
+        lines: list[str] = []
+        try:
+            lines.extend(line.rstrip("\n") for line in stream)
+        except UnicodeDecodeError:
+            raise LowbitError(f"{path}: line {len(lines) + 1} or later is not UTF-8 text") from None
+        except (OSError, EOFError) as error:
+            raise LowbitError(f"{path}: cannot read: {error}") from None
+    return lines
+
+
+def read_json(path: PathLike) -> Any:
+    try:
+        with open_text(path) as stream:
+            return json.load(stream)
+    except (ValueError, OSError) as error:
+        if isinstance(error, LowbitError):
+            raise
+        raise LowbitError(f"{path}: not JSON: {error}") from None
