@@ -1,0 +1,239 @@
+"""Train a full-precision Transformer language model: text -> fp.safetensors (DESIGN sections 6 and 7)."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.checkpoint import Checkpoint
+from lowbit.config import ModelConfig
+from lowbit.errors import LowbitError
+from lowbit.model import TransformerLM
+from lowbit.tools import cli
+from lowbit.tools.training.config import TrainConfig
+from lowbit.tools.training.data import Batches, Sentences, TokenStream, has_unk, read_corpus
+from lowbit.tools.training.loop import Epochs, Resume, Stepper, has_fast_bf16, learning_rate, pick_device
+from lowbit.tools.training.parallel import Parallel
+from lowbit.vocab import Vocab
+
+PLATEAU_FACTOR = 0.25
+
+
+@dataclass
+class Corpora:
+    """Training and validation text as batches, and the vocabulary that encodes them."""
+
+    vocab: Vocab
+    train: Batches
+    valid: Batches
+
+    @classmethod
+    def read(cls, folder: str, config: TrainConfig, vocab: Vocab | None = None) -> Corpora:
+        """Read ``folder``'s train and valid text; build the vocabulary from the former unless one is given."""
+        text = {split: read_corpus(folder, split) for split in ("train", "valid")}
+        vocab = vocab or Vocab.build(text["train"], config.min_count, config.max_vocab)
+        source = TokenStream if config.mode == "stream" else Sentences
+        rare = 0.0 if has_unk(text["train"]) else config.rare_to_unk
+        streams = {split: source(lines, vocab, config.seq_len) for split, lines in text.items()}
+        return cls(
+            vocab,
+            Batches(streams["train"], config.batch_size, rare, config.seed),
+            Batches(streams["valid"], config.batch_size, seed=config.seed),
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.parser(
+        "train",
+        "lowbit train --data data/ptb --config ptb-small --out runs/ptb/fp.safetensors\n"
+        "torchrun --nproc-per-node 2 tools/train.py --data data/ptb --config ptb-small --out fp.safetensors",
+        "An interrupted training goes on exactly where it was when the same command is given again.\n"
+        "Beside OUT it keeps OUT.log.jsonl (one JSON object per validation) and, until it ends, OUT.resume.",
+    )
+    p.add_argument("--data", required=True, metavar="DIR", help="folder with train.txt and valid.txt (or *.train.txt)")
+    p.add_argument("--config", required=True, metavar="NAME|FILE", help="a named configuration or a JSON file")
+    p.add_argument("--out", required=True, metavar="FILE", help="checkpoint to write (safetensors)")
+    p.add_argument("--epochs", type=float, help="override the configuration's epochs")
+    p.add_argument("--seed", type=int, help="override the configuration's seed")
+    add_run_options(p)
+    return p
+
+
+def add_run_options(p: argparse.ArgumentParser) -> None:
+    """Options of every training stage."""
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the matrix products")
+    p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--restart", action="store_true", help="start anew, dropping an interrupted run's state")
+
+
+def prepare_run(args: argparse.Namespace, seed: int) -> tuple[torch.device, str, Parallel]:
+    """Device, precision and place among processes; says aloud what runs. Checks ``--out`` before hours of work."""
+    if not Path(args.out).resolve().parent.is_dir():
+        raise LowbitError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
+    precision = args.precision
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(device) else "fp32"
+    parallel = Parallel(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    torch.manual_seed(seed)
+    if parallel.is_main:
+        threads = f"{torch.get_num_threads()} threads x {parallel.world} processes"
+        print(f"{args.stage}: {device}, {precision}, {threads}", file=sys.stderr)
+    return device, precision, parallel
+
+
+def body(args: argparse.Namespace) -> dict[str, Any]:
+    args.stage = "train"
+    config = TrainConfig.find(args.config)
+    overrides = {k: getattr(args, k) for k in ("epochs", "seed") if getattr(args, k) is not None}
+    config = replace(config, **overrides)
+    device, precision, parallel = prepare_run(args, config.seed)
+    corpora = Corpora.read(args.data, config)
+    model_config = ModelConfig.from_dict(_model_fields(config, len(corpora.vocab)))
+    model = TransformerLM(model_config).to(device)
+    model.dropout = config.dropout
+    torch.manual_seed(config.seed * 1000 + parallel.rank)  # dropout masks differ between processes
+    run = Training(config, corpora, Stepper(model, parallel, device, precision, config.clip), args)
+    result = run.run()
+    if parallel.is_main:
+        cli.console(args).print(
+            f"{args.out}: {model_config.n_parameters():,} parameters, valid PPL {result['valid_ppl']:.2f} "
+            f"after {result['steps']} steps in {cli.format_seconds(result['seconds'])}"
+        )
+    parallel.close()
+    return result
+
+
+def _model_fields(config: TrainConfig, vocab_size: int) -> dict[str, Any]:
+    defaults = ModelConfig(vocab_size).to_dict()
+    if unknown := sorted(set(config.model) - set(defaults)):
+        raise LowbitError(f"training config: unknown model field {unknown[0]!r}; known: {', '.join(defaults)}")
+    fields = defaults | config.model | {"vocab_size": vocab_size}
+    fields["max_len"] = max(fields["max_len"], config.seq_len)
+    return fields
+
+
+class Training:
+    """The loop of the full-precision stage."""
+
+    def __init__(self, config: TrainConfig, corpora: Corpora, stepper: Stepper, args: argparse.Namespace):
+        self.config, self.corpora, self.stepper, self.args = config, corpora, stepper, args
+        self.total = max(1, round(config.epochs * len(corpora.train.epoch(0))))
+        self.optimizer = torch.optim.AdamW(
+            _decay_groups(stepper.model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98), eps=1e-8, fused=True
+        )
+        identity = {"config": config.to_dict(), "vocab": corpora.vocab.hash, "precision": stepper.precision}
+        self.resume = Resume(args.out, identity, stepper.parallel, args.restart)
+        self.step, self.seconds, self.peak = 0, 0.0, config.lr
+        self.best_nll, self.best = math.inf, {}
+        self.epochs = Epochs(corpora.train)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, save the best model by validation, and return the summary."""
+        self._restore()
+        stepper, every = self.stepper, max(1, self.total // self.config.evals)
+        stepper.model.train()
+        started, nll, tokens = time.monotonic(), torch.zeros((), device=stepper.device), 0
+        with self.resume.guarded(), cli.Progress("train", self.total, "step", self.step) as bar:
+            while self.step < self.total:
+                count, step_nll = self._update(next(self.epochs))
+                nll, tokens = nll + step_nll * count, tokens + count
+                self.step += 1
+                if self.step % every == 0 or self.step == self.total:
+                    self.seconds, started = self.seconds + time.monotonic() - started, time.monotonic()
+                    train_nll = stepper.parallel.sum(nll.item())[0] / tokens
+                    self._validate(train_nll)
+                    nll, tokens = torch.zeros_like(nll), 0
+                bar.advance(note=f"valid PPL {math.exp(min(self.best_nll, 50)):.2f}")
+                if self.resume.due():
+                    self.seconds, started = self.seconds + time.monotonic() - started, time.monotonic()
+                    self.resume.save(self._state())
+        return self._finish()
+
+    def _update(self, batch) -> tuple[int, torch.Tensor]:
+        c = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.total, self.peak, c.warmup, c.schedule)
+        self.optimizer.zero_grad(set_to_none=True)
+        result = self.stepper.backward(batch)
+        self.stepper.clip_gradients()
+        self.optimizer.step()
+        return result
+
+    def _validate(self, train_nll: float) -> None:
+        valid_nll = self.stepper.validate(self.corpora.valid)
+        if not math.isfinite(valid_nll):
+            raise LowbitError(f"training diverged at step {self.step} (loss is not finite): lower lr or raise warmup")
+        self.resume.log(
+            step=self.step, epoch=round(self.step * self.config.epochs / self.total, 3),
+            train_ppl=math.exp(min(train_nll, 50)), valid_ppl=math.exp(min(valid_nll, 50)),
+            lr=self.optimizer.param_groups[0]["lr"], seconds=round(self.seconds, 1),
+        )  # fmt: skip
+        if valid_nll < self.best_nll:
+            self.best_nll = valid_nll
+            self.best = {k: p.detach().cpu().clone() for k, p in self.stepper.model.named_parameters()}
+        elif self.config.schedule == "plateau":
+            self.peak *= PLATEAU_FACTOR
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.stepper.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
+            "seconds": self.seconds, "peak": self.peak, "best_nll": self.best_nll, "best": self.best,
+            "epochs": self.epochs.state(),
+        }  # fmt: skip
+
+    def _restore(self) -> None:
+        state = self.resume.load()
+        if state is None:
+            return
+        self.stepper.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("step", "seconds", "peak", "best_nll", "best"):
+            setattr(self, name, state[name])
+        self.epochs = Epochs(self.corpora.train, **state["epochs"])
+        if self.stepper.parallel.is_main:
+            print(f"train: resuming at step {self.step} of {self.total}", file=sys.stderr)
+
+    def _finish(self) -> dict[str, Any]:
+        summary = {
+            "stage": "train", "steps": self.total, "valid_ppl": math.exp(self.best_nll),
+            "seconds": round(self.seconds, 1), "seed": self.config.seed, "precision": self.stepper.precision,
+            "train_config": self.config.to_dict(),
+        }  # fmt: skip
+        if self.stepper.parallel.is_main:
+            model = self.stepper.model
+            model.load_state_dict(self.best, strict=False)
+            Checkpoint.of_model(model, self.corpora.vocab, info=summary).save(self.args.out)
+        self.resume.finish()
+        return summary
+
+
+def _decay_groups(model: TransformerLM, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices only; biases, norms and positions are free."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name != "pos.weight"]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(parser(), body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Output layer, softmax, cross-entropy and their gradients in one pass over blocks of rows.
+
+The logits of a batch (2,048 x 10,000) are the largest tensor of a training step; the plain chain of operations writes
+and reads them about nine times. Here a block of 64 rows is turned from logits into gradients while it sits in cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MATMUL_ROWS = 2048
+_CACHE_BYTES = 1 << 21
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, target, teacher_hidden, teacher_weight, distill, dtype):
+        h, w = hidden.to(dtype), weight.to(dtype)
+        grad_h = torch.empty_like(h)
+        grad_w = torch.zeros_like(weight, dtype=torch.float32)
+        loss, nll = torch.zeros((), device=h.device), torch.zeros((), device=h.device)
+        for i in range(0, len(h), _MATMUL_ROWS):
+            rows = slice(i, i + _MATMUL_ROWS)
+            logits = h[rows] @ w.T  # [rows, V], becomes its own gradient in place
+            teacher = None if teacher_hidden is None else teacher_hidden[rows].to(dtype) @ teacher_weight.to(dtype).T
+            for block in _blocks(logits):
+                part = None if teacher is None else teacher[block]
+                block_loss, block_nll = _softmax_gradient(logits[block], target[rows][block], part, distill)
+                loss += block_loss
+                nll += block_nll
+            torch.mm(logits, w, out=grad_h[rows])
+            grad_w += logits.T @ h[rows]
+        ctx.save_for_backward(grad_h, grad_w)
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad_loss.to(grad_h.dtype), grad_w * grad_loss, None, None, None, None, None
+
+
+def _blocks(logits: torch.Tensor):
+    step = max(1, _CACHE_BYTES // (4 * logits.shape[1])) if not logits.is_cuda else len(logits)
+    return (slice(i, i + step) for i in range(0, len(logits), step))
+
+
+def _softmax_gradient(logits, target, teacher, distill):
+    """Replace logits [R, V] by the gradient of the summed loss; return (summed loss, summed NLL) in fp32."""
+    p = logits.float()
+    target = target[:, None]
+    picked = p.gather(1, target)
+    largest = p.amax(1, keepdim=True)
+    p.sub_(largest).exp_()
+    total = p.sum(1, keepdim=True)
+    log_total = total.log() + largest
+    nll = (log_total - picked).sum()
+    p.div_(total)
+    if teacher is None:
+        loss, hard = nll, 1.0
+    else:
+        # d/dz [(1-l) CE + l KL(teacher || student)] = softmax(z) - (1-l) onehot - l p_teacher
+        log_q = teacher.float().log_softmax(1)
+        q = log_q.exp()
+        student_log_p = logits.float() - log_total
+        loss = (1 - distill) * nll + distill * (q * (log_q - student_log_p)).sum()
+        p.sub_(q, alpha=distill)
+        hard = 1 - distill
+    p.scatter_add_(1, target, torch.full_like(picked, -hard))
+    logits.copy_(p)
+    return loss, nll
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_weight: torch.Tensor | None = None,
+    distill: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss and summed NLL (nats) of ``target`` int64 [M] under softmax(hidden [M, D] @ weight [V, D]^T).
+
+    With a teacher the loss is (1 - distill) CE + distill KL(teacher || student). The gradient is made in the forward
+    pass; matrix products run in the autocast type, the softmax in fp32. Only the loss is differentiable, once.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return _LinearCrossEntropy.apply(hidden, weight, target, teacher_hidden, teacher_weight, distill, dtype)
