@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +24,9 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     try:
         if not path.parent.is_dir():
             raise LowbitError(f"{path}: cannot write: the folder {path.parent} does not exist")
+        if path.exists() and not path.is_file():
+            # Renaming onto /dev/null or a pipe would replace the device itself.
+            raise LowbitError(f"{path}: cannot write: exists and is not a regular file")
         yield temporary
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
@@ -30,7 +34,8 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     except OSError as error:
         raise LowbitError(f"{path}: cannot write: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -62,16 +67,27 @@ def read_lines(path: PathLike) -> list[str]:
             lines.extend(line.rstrip("\n") for line in stream)
         except UnicodeDecodeError:
             raise LowbitError(f"{path}: line {len(lines) + 1} or later is not UTF-8 text") from None
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise LowbitError(f"{path}: cannot read: {error}") from None
     return lines
 
 
 def read_json(path: PathLike) -> Any:
+    """A JSON file; a key given twice is an error, since only one of its values could count."""
     try:
         with open_text(path) as stream:
-            return json.load(stream)
-    except (ValueError, OSError) as error:
-        if isinstance(error, LowbitError):
-            raise
+            return json.load(stream, object_pairs_hook=_unique_keys)
+    except LowbitError:
+        raise
+    except RecursionError:
+        raise LowbitError(f"{path}: not JSON: nested too deeply") from None
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise LowbitError(f"{path}: not JSON: {error}") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+    return result

@@ -57,7 +57,9 @@ class Plan(Mapping[str, MatrixPlan]):
         return len(self._matrices)
 
     @classmethod
-    def uniform(cls, config: ModelConfig, bits: int, table: str | None = None, group: int | None = None) -> Plan:
+    def uniform(
+        cls, config: ModelConfig, bits: int, table: str | None = None, group: int | None = None
+    ) -> Plan:
         """The same precision for every matrix."""
         entry = MatrixPlan(bits, table, group)
         return cls({name: entry for name in config.matrix_shapes()}, {"method": "uniform"})
@@ -66,7 +68,9 @@ class Plan(Mapping[str, MatrixPlan]):
         """Raises LowbitError unless the plan names exactly the matrices of ``config``."""
         known = config.matrix_shapes()
         if unknown := [name for name in self if name not in known]:
-            raise LowbitError(f"{where}: unknown matrix {unknown[0]!r}; this model has {', '.join(list(known)[:8])} ...")
+            raise LowbitError(
+                f"{where}: unknown matrix {unknown[0]!r}; this model has {', '.join(list(known)[:8])} ..."
+            )
         if missing := [name for name in known if name not in self]:
             raise LowbitError(f"{where}: no precision for matrix {missing[0]!r} ({len(missing)} missing)")
 
@@ -74,7 +78,9 @@ class Plan(Mapping[str, MatrixPlan]):
         """Bits of code per quantized weight (ternary counts 1.6), scales not included."""
         shapes = config.matrix_shapes()
         total = sum(n * k for n, k in shapes.values())
-        bits = sum(n * k * find_table(self[m].bits, self[m].table).effective_bits for m, (n, k) in shapes.items())
+        bits = sum(
+            n * k * find_table(self[m].bits, self[m].table).effective_bits for m, (n, k) in shapes.items()
+        )
         return bits / total
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +96,11 @@ class Plan(Mapping[str, MatrixPlan]):
         if not isinstance(values, dict) or not isinstance(values.get("matrices"), dict):
             raise LowbitError(f"{where}: expected an object with 'matrices': {{name: {{'bits': b}}}}")
         if values.get("version", PLAN_VERSION) != PLAN_VERSION:
-            raise LowbitError(f"{where}: plan version {values['version']!r}, this lowbit reads {PLAN_VERSION}")
+            raise LowbitError(
+                f"{where}: plan version {values['version']!r}, this lowbit reads {PLAN_VERSION}"
+            )
+        if not isinstance(values.get("source", {}), dict):
+            raise LowbitError(f"{where}: 'source' must be an object")
         matrices = {}
         for name, entry in values["matrices"].items():
             if not isinstance(entry, dict) or "bits" not in entry or set(entry) - {"bits", "table", "group"}:

@@ -86,7 +86,9 @@ class QuantTensor:
         return bitpack.pack_codes(self.codes, self.bits)
 
     @classmethod
-    def unpack(cls, packed: torch.Tensor, scale: torch.Tensor, table: Table, k: int, group: int | None) -> QuantTensor:
+    def unpack(
+        cls, packed: torch.Tensor, scale: torch.Tensor, table: Table, k: int, group: int | None
+    ) -> QuantTensor:
         """Rebuild from canonical packed codes [N, bytes] and scales fp16 [N, G]."""
         if table.name == "ternary":
             codes = bitpack.unpack_ternary(packed, k)
@@ -94,7 +96,7 @@ class QuantTensor:
             codes = bitpack.unpack_codes(packed, table.bits, k)
         if codes.numel() and int(codes.max()) >= len(table.levels):
             raise LowbitError(f"code {int(codes.max())} lies outside table {table.name!r}")
-        return cls(codes, table_tensor(table), scale, table.bits, group or k, table.name)
+        return cls(codes, table_tensor(table), scale, table.bits, min(group or k, k), table.name)
 
 
 def table_tensor(table: Table) -> torch.Tensor:
@@ -125,9 +127,10 @@ def quantize(
     elif table is None or isinstance(table, str):
         levels = find_table(bits, table)
     else:
-        levels = free_table(tuple(table), bits)
+        levels = free_table(table, bits)
     codes, scale = fit(w, levels, group)
-    return QuantTensor(codes, table_tensor(levels), scale, bits, group or w.shape[1], levels.name)
+    k = w.shape[1]
+    return QuantTensor(codes, table_tensor(levels), scale, bits, min(group or k, k), levels.name)
 
 
 def describe(w: object) -> str:
@@ -137,8 +140,12 @@ def describe(w: object) -> str:
 
 def check_group(group: int | None) -> None:
     """Raises LowbitError unless ``group`` is None or a positive multiple of 64."""
-    if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group <= 0 or group % 64):
-        raise LowbitError(f"group must be a positive multiple of 64, or absent for one scale a row, not {group!r}")
+    if group is not None and (
+        not isinstance(group, int) or isinstance(group, bool) or group <= 0 or group % 64
+    ):
+        raise LowbitError(
+            f"group must be a positive multiple of 64, or absent for one scale a row, not {group!r}"
+        )
 
 
 def fit(
@@ -188,7 +195,7 @@ class _Problem:
 
     def __init__(self, v: torch.Tensor, table: Table, group: int | None, weight: torch.Tensor | None):
         n, k = v.shape
-        self.table, self.group = table, group or k
+        self.table, self.group = table, min(group or k, k)
         self.levels = torch.tensor(table.levels, dtype=torch.float32)
         pad = (0, -k % self.group)
         h = torch.ones_like(v) if weight is None else weight.float().expand(n, k).clone()

@@ -6,6 +6,8 @@ directly and corrects once per output; the other tables need a look-up.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,7 +28,9 @@ class Table:
         if self.bits not in BITS:
             raise LowbitError(f"table {self.name!r}: bits must be one of {BITS}, not {self.bits}")
         if not 2 <= len(self.levels) <= 2**self.bits:
-            raise LowbitError(f"table {self.name!r}: {len(self.levels)} levels do not fit in {self.bits} bits")
+            raise LowbitError(
+                f"table {self.name!r}: {len(self.levels)} levels do not fit in {self.bits} bits"
+            )
         if any(not -128 <= v <= 127 for v in self.levels):
             raise LowbitError(f"table {self.name!r}: levels must be int8")
         if any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
@@ -82,20 +86,33 @@ def find_table(bits: int, name: str | None = None) -> Table:
     Raises:
         LowbitError: unknown name, a bit width outside {1, 2, 4, 8}, or a table of another width.
     """
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:  # True == 1 and 2.0 == 2 are no bit widths
         raise LowbitError(f"bits must be one of 1, 2, 4, 8, not {bits!r}")
-    name = name or DEFAULT_TABLE[bits]
+    if name is None:
+        name = DEFAULT_TABLE[bits]
     if name == "pow2":
         name = f"pow2_{bits}"
-    if name not in TABLES:
-        raise LowbitError(f"unknown table {name!r}; known tables: {', '.join(sorted(TABLES))}, or free levels")
+    if not isinstance(name, str) or name not in TABLES:
+        raise LowbitError(
+            f"unknown table {name!r}; known tables: {', '.join(sorted(TABLES))}, or free levels"
+        )
     if TABLES[name].bits != bits:
         raise LowbitError(f"table {name!r} has {TABLES[name].bits} bits, not {bits}")
     return TABLES[name]
 
 
-def free_table(levels: tuple[int, ...], bits: int) -> Table:
-    """A table of learned int8 levels (2 or 4 bits), as stored in a file under the name "free"."""
-    if bits not in (2, 4):
-        raise LowbitError(f"a free table has 2 or 4 bits, not {bits}")
-    return Table("free", bits, tuple(int(v) for v in levels))
+def free_table(levels: Sequence[int], bits: int) -> Table:
+    """A table of 2**bits learned int8 levels (2 or 4 bits), as stored in a file under the name "free".
+
+    Raises:
+        LowbitError: another width, or levels that are not 2**bits ascending int8 integers.
+    """
+    if type(bits) is not int or bits not in (2, 4):
+        raise LowbitError(f"a free table has 2 or 4 bits, not {bits!r}")
+    try:
+        values = tuple(operator.index(v) for v in levels)
+    except TypeError:
+        raise LowbitError(f"a free table has integer levels, not {levels!r}") from None
+    if len(values) != 2**bits:
+        raise LowbitError(f"a free table of {bits} bits has {2**bits} levels, not {len(values)}")
+    return Table("free", bits, values)

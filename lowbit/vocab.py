@@ -24,12 +24,17 @@ class Vocab:
             twice = next(t for t, n in Counter(self.tokens).items() if n > 1)
             raise LowbitError(f"the vocabulary holds {twice!r} twice")
         for token in self.tokens:
-            if not token or token.split() != [token]:
+            # Lone surrogates (JSON can spell them) are no text: they could not be written to a model file.
+            if token.split() != [token] or any("\ud800" <= c <= "\udfff" for c in token):
                 raise LowbitError(f"the vocabulary holds {token!r}, which is not one word")
 
     @classmethod
     def build(cls, lines: Iterable[str], min_count: int = 1, max_size: int | None = None) -> Vocab:
         """The words of ``lines`` by falling count (ties by spelling), those below ``min_count`` left to ``<unk>``."""
+        if max_size is not None and max_size < 2:
+            raise LowbitError(
+                f"a vocabulary holds {EOS} and {UNK}: max_size must be at least 2, not {max_size}"
+            )
         counts = Counter(w for line in lines for w in line.split())
         for special in (EOS, UNK):
             counts.pop(special, None)
