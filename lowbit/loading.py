@@ -1,0 +1,95 @@
+"""From a model file to a model that runs: a full-precision checkpoint or a packed low-bit file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit import ops
+from lowbit.checkpoint import Checkpoint
+from lowbit.container import PackedFile
+from lowbit.errors import LowbitError
+from lowbit.files import PathLike
+from lowbit.layers import QuantEmbedding, QuantLinear
+from lowbit.model import TransformerLM
+from lowbit.vocab import Vocab
+
+PACKED_SUFFIX = ".lowbit"
+COMPUTE = ("int8", "exact")
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode, its vocabulary, and what runs: what ``lm.describe()`` tells."""
+
+    model: TransformerLM
+    vocab: Vocab
+    description: dict[str, Any]
+
+
+def load_model(path: PathLike, device: str = "cpu", compute: str = "int8") -> LoadedModel:
+    """Load ``*.lowbit`` onto the packed kernels, anything else as a full-precision checkpoint.
+
+    Raises:
+        LowbitError: no such file, an unknown device or ``compute``, or a device that this machine or build lacks:
+            nothing ever falls back to something else.
+        FormatError: a damaged file.
+    """
+    if compute not in COMPUTE:
+        raise LowbitError(f"compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
+    if device not in ("cpu", "cuda"):
+        raise LowbitError(f"device must be cpu or cuda, not {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LowbitError("device cuda: PyTorch finds no CUDA GPU here; use device cpu")
+    if not Path(path).is_file():
+        raise LowbitError(f"{path}: no such model file")
+    if str(path).endswith(PACKED_SUFFIX):
+        return _load_packed(path, device, compute)
+    return _load_checkpoint(path, device)
+
+
+def _load_checkpoint(path: PathLike, device: str) -> LoadedModel:
+    checkpoint = Checkpoint.load(path)
+    description = {"kind": "checkpoint", "precision": "fp32", "compute": "fp32", "kernel": "torch"}
+    model = checkpoint.build_model().to(device)
+    return LoadedModel(model, checkpoint.vocab, description | _common(path, model, device))
+
+
+def _load_packed(path: PathLike, device: str, compute: str) -> LoadedModel:
+    if device != "cpu":
+        raise LowbitError(f"{path}: packed models run on device cpu in this version; load the checkpoint for cuda")
+    with PackedFile(path) as file:
+        header, vocab = file.header, file.vocab()
+        vectors = {name: file.vector(name) for name in header.config.vector_shapes()}
+        modules: dict[str, nn.Module] = {}
+        # One matrix at a time: re-laid for the kernel, then its canonical codes go before the next one is read.
+        for name, matrix in file.matrices():
+            packed = ops.PackedWeight.from_canonical(
+                matrix.codes_packed, matrix.scale, matrix.table, matrix.shape[1], matrix.group
+            )
+            if name == "embed":
+                modules[name] = QuantEmbedding(packed, compute)
+            else:
+                modules[name] = QuantLinear(packed, vectors.pop(f"{name}.bias", None), compute)
+    model = TransformerLM(header.config, modules)
+    own = {name: p for name, p in model.named_parameters() if name in vectors}
+    with torch.no_grad():
+        for name, vector in vectors.items():
+            own[name].copy_(vector)
+    bits = sorted({m.table.bits for m in header.matrices.values()})
+    description = {"kind": "packed", "precision": "/".join(map(str, bits)) + " bits", "compute": compute}
+    description |= {"kernel": "lowbit", "isa": ops.isa()}
+    return LoadedModel(model.eval(), vocab, description | _common(path, model, device))
+
+
+def _common(path: PathLike, model: TransformerLM, device: str) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "bytes": Path(path).stat().st_size,
+        "device": device,
+        "parameters": model.config.n_parameters(),
+    }

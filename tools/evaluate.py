@@ -1,0 +1,69 @@
+"""`lowbit evaluate`: the perplexity of a checkpoint or a packed model on a text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lowbit.tools import cli
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.parser(
+        "evaluate",
+        "lowbit evaluate model.lowbit --text ptb.test.txt --mode stream --stride 64",
+        "stream joins all lines by </s> and reads them with a sliding context; sentence reads each line by itself.\n"
+        "Words outside the vocabulary are scored as <unk> and counted.",
+    )
+    p.add_argument("model", metavar="MODEL", help="checkpoint (.safetensors) or packed model (.lowbit)")
+    p.add_argument("--text", required=True, metavar="FILE", help="text, one sentence a line")
+    p.add_argument("--mode", choices=("stream", "sentence"), default="stream")
+    p.add_argument("--stride", type=int, metavar="N", help="tokens that the context slides by (default: half of it)")
+    add_engine_options(p)
+    return p
+
+
+def add_engine_options(p: argparse.ArgumentParser) -> None:
+    """How the model runs: shared by every stage that loads one."""
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--compute", choices=("int8", "exact"), default="int8", help="activations of a packed model")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+
+
+def load_engine(args: argparse.Namespace) -> Any:
+    """The language model that the options of :func:`add_engine_options` ask for."""
+    import lowbit
+
+    return lowbit.load(args.model, device=args.device, compute=args.compute, threads=args.threads)
+
+
+def body(args: argparse.Namespace) -> dict[str, Any]:
+    from lowbit.errors import LowbitError
+    from lowbit.files import read_lines
+
+    lines = [line for line in read_lines(args.text) if line.strip()]
+    if not lines:
+        raise LowbitError(f"{args.text}: the file holds no text")
+    lm = load_engine(args)
+    start = time.perf_counter()
+    result = lm.evaluate(lines, args.mode, args.stride)
+    seconds = time.perf_counter() - start
+    console = cli.console(args)
+    console.print(f"perplexity {result.ppl:.3f}  ({args.mode}, stride {result.stride}, context {result.max_len})")
+    share = result.n_oov / (result.n_tokens - result.n_lines)
+    console.print(f"{result.n_tokens:,} tokens in {result.n_lines:,} lines")
+    console.print(f"{result.n_oov:,} words ({share:.2%}) unknown, scored as <unk>")
+    console.print(f"{result.n_tokens / seconds:,.0f} tokens/s")
+    measured = {"text": args.text, "seconds": seconds, "tokens_per_second": result.n_tokens / seconds}
+    return result.to_dict() | measured | {"engine": lm.describe()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(parser(), body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
