@@ -101,7 +101,7 @@ class Checkpoint:
                 raw = (stream.metadata() or {}).get(METADATA_KEY)
                 if raw is None:
                     raise FormatError(f"{path}: not a lowbit checkpoint (no {METADATA_KEY!r} metadata)")
-                tensors = {name: stream.get_tensor(name) for name in stream.keys()}
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
             raise FormatError(f"{path}: not a safetensors file: {error}") from None
         try:

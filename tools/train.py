@@ -135,7 +135,11 @@ class Training:
         self.config, self.corpora, self.stepper, self.args = config, corpora, stepper, args
         self.total = max(1, round(config.epochs * len(corpora.train.epoch(0))))
         self.optimizer = torch.optim.AdamW(
-            _decay_groups(stepper.model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98), eps=1e-8, fused=True
+            _decay_groups(stepper.model, config.weight_decay),
+            lr=config.lr,
+            betas=(0.9, 0.98),
+            eps=1e-8,
+            fused=True,
         )
         identity = {"config": config.to_dict(), "vocab": corpora.vocab.hash, "precision": stepper.precision}
         self.resume = Resume(args.out, identity, stepper.parallel, args.restart)

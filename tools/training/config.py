@@ -51,7 +51,10 @@ class TrainConfig:
                 raise LowbitError(f"training config: {what}")
 
         require(self.mode in ("stream", "sentence"), f"mode must be 'stream' or 'sentence', not {self.mode!r}")
-        require(self.schedule in ("cosine", "plateau"), f"schedule must be 'cosine' or 'plateau', not {self.schedule!r}")
+        require(
+            self.schedule in ("cosine", "plateau"),
+            f"schedule must be 'cosine' or 'plateau', not {self.schedule!r}",
+        )
         for name in ("seq_len", "batch_size", "epochs", "lr", "clip", "evals", "min_count"):
             value = getattr(self, name)
             require(isinstance(value, (int, float)) and value > 0, f"{name} must be positive, not {value!r}")

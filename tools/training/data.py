@@ -36,7 +36,9 @@ def corpus_file(folder: PathLike, split: str) -> Path:
     """``split``.txt or the single *.``split``.txt in ``folder``."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise LowbitError(f"{folder}: no such data folder; it needs train.txt and valid.txt (or *.train.txt, *.valid.txt)")
+        raise LowbitError(
+            f"{folder}: no such data folder; it needs train.txt and valid.txt (or *.train.txt, *.valid.txt)"
+        )
     exact = folder / f"{split}.txt"
     found = [exact] if exact.is_file() else sorted(folder.glob(f"*.{split}.txt"))
     if len(found) != 1:
@@ -55,7 +57,7 @@ def read_corpus(folder: PathLike, split: str) -> list[str]:
 
 
 class TokenStream:
-    """A corpus as one stream, ``</s>`` after every line; each epoch cuts it at another offset and shuffles the pieces."""
+    """A corpus as one stream, ``</s>`` after every line; each epoch cuts it at another offset, shuffled."""
 
     def __init__(self, lines: list[str], vocab: Vocab, length: int):
         ids = [EOS_ID]
@@ -99,7 +101,12 @@ class Batches:
     """
 
     def __init__(self, source: TokenStream | Sentences, rows: int, rare_to_unk: float = 0.0, seed: int = 0):
-        self.source, self.budget, self.seed, self.rare_to_unk = source, rows * source.length, seed, rare_to_unk
+        self.source, self.budget, self.seed, self.rare_to_unk = (
+            source,
+            rows * source.length,
+            seed,
+            rare_to_unk,
+        )
         ids = np.concatenate(source.rows) if isinstance(source, Sentences) else source.ids
         counts = np.bincount(ids, minlength=2)
         self.rare = counts == 1

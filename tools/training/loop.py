@@ -154,7 +154,7 @@ class Resume:
             raise LowbitError(f"{self.path}: damaged resume file ({error}); remove it or pass --restart") from None
         if state["identity"] != self.identity:
             raise LowbitError(
-                f"{self.path}: left by a run with another configuration, plan or data; finish that run, or pass --restart"
+                f"{self.path}: left by a run with other settings, plan or data; finish that run, or pass --restart"
             )
         torch.set_rng_state(state["rng"][self.parallel.rank % len(state["rng"])])
         return state

@@ -1,0 +1,102 @@
+"""Train a full-precision model into its precision plan: ADMM, hard phase, scale phase (DESIGN section 7).
+
+Leng et al. 2018 and arXiv 2112.11540, section 3: weights W, their quantized image Q and a scaled dual U per matrix. The
+three phases share one budget of steps: ADMM draws W towards the levels while the loss is trained; the hard phase trains
+the quantized model itself with straight-through gradients; the scale phase fixes the codes and trains what is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lowbit.checkpoint import Checkpoint
+from lowbit.errors import LowbitError
+from lowbit.plan import Plan
+from lowbit.tools import cli
+from lowbit.tools.train import Corpora, add_run_options, prepare_run
+from lowbit.tools.training.admm import Admm, AdmmOptions
+from lowbit.tools.training.config import TrainConfig
+from lowbit.tools.training.loop import Stepper
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.parser(
+        "admm",
+        "lowbit admm fp.safetensors --plan plan.json --data data/ptb --out admm.safetensors",
+        "Batches, vocabulary and regularisation are those the checkpoint was trained with. An interrupted run goes on\n"
+        "exactly where it was when the same command is given again; OUT.log.jsonl holds the perplexity of W and of Q,\n"
+        "the residual |W - Q| / |W| and the share of codes that flip.",
+    )
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help="a full-precision checkpoint of `lowbit train`")
+    p.add_argument("--plan", required=True, metavar="FILE", help="precision of every matrix (JSON)")
+    p.add_argument("--data", required=True, metavar="DIR", help="the text that the checkpoint was trained on")
+    p.add_argument("--out", required=True, metavar="FILE", help="checkpoint to write (safetensors)")
+    o = AdmmOptions()
+    p.add_argument("--epochs", type=float, help="length of all phases together (default: as long as the original)")
+    p.add_argument("--lr", type=float, help="peak learning rate (default: half of the original's)")
+    p.add_argument("--phases", type=float, nargs=3, default=o.phases, metavar=("ADMM", "HARD", "SCALES"),
+                   help="shares of the steps (default: %(default)s); an ADMM share of 0 is straight-through only")  # fmt: skip
+    p.add_argument("--dropout-scale", type=float, default=o.dropout_scale,
+                   help="factor on the original dropout rates (default: %(default)s)")  # fmt: skip
+    p.add_argument("--distill", type=float, default=o.distill, metavar="L",
+                   help="loss (1-L) CE + L KL(full precision || quantized) (default: %(default)s)")  # fmt: skip
+    p.add_argument("--duals", type=int, default=o.duals, help="dual updates (default: %(default)s)")
+    p.add_argument("--kappa", type=float, nargs=2, default=o.kappa, metavar=("FIRST", "LAST"),
+                   help="geometric ramp of the proximal pull (default: %(default)s)")  # fmt: skip
+    p.add_argument("--extra-gradient", action="store_true", help="two gradients a step, as the papers do")
+    p.add_argument("--seed", type=int, help="order of the data and dropout (default: the original's)")
+    add_run_options(p)
+    return p
+
+
+def body(args: argparse.Namespace) -> dict[str, Any]:
+    args.stage = "admm"
+    checkpoint = Checkpoint.load(args.checkpoint)
+    if checkpoint.plan is not None:
+        raise LowbitError(f"{args.checkpoint}: already quantized; ADMM starts from a full-precision checkpoint")
+    if "train_config" not in checkpoint.info:
+        raise LowbitError(f"{args.checkpoint}: says nothing of its training; ADMM needs a checkpoint of `lowbit train`")
+    plan = Plan.load(args.plan)
+    plan.validate(checkpoint.config, args.plan)
+    config = TrainConfig.from_dict(
+        checkpoint.info["train_config"] | ({} if args.seed is None else {"seed": args.seed}), args.checkpoint
+    )
+    options = AdmmOptions(
+        epochs=args.epochs or config.epochs, lr=args.lr or config.lr / 2, phases=tuple(args.phases),
+        dropout_scale=args.dropout_scale, distill=args.distill, duals=args.duals, kappa=tuple(args.kappa),
+        extra_gradient=args.extra_gradient,
+    )  # fmt: skip
+    device, precision, parallel = prepare_run(args, config.seed)
+    corpora = Corpora.read(args.data, config, checkpoint.vocab)
+    model = checkpoint.build_model().to(device)
+    model.dropout = config.dropout.scaled(options.dropout_scale)
+    torch.manual_seed(config.seed * 1000 + parallel.rank)
+    teacher = checkpoint.build_model().to(device) if options.distill > 0 else None
+    stepper = Stepper(model, parallel, device, precision, config.clip)
+    run = Admm(options, config, plan, corpora, stepper, teacher, args.out, args.restart)
+    result = run.run()
+    if parallel.is_main:
+        info = checkpoint.info | {"admm": result}
+        Checkpoint.of_model(model, checkpoint.vocab, plan=plan, scales=run.scales(), residual=result["residual"],
+                            info=info).save(args.out)  # fmt: skip
+        cli.console(args).print(
+            f"{args.out}: mean {plan.mean_bits(checkpoint.config):.2f} bits, valid PPL {result['valid_ppl']:.2f} "
+            f"(full precision {checkpoint.info.get('valid_ppl', math.nan):.2f}), residual {result['residual']:g}"
+        )
+    run.finish()
+    parallel.close()
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(parser(), body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,333 @@
+"""The three phases of low-bit training as one resumable loop; see :mod:`lowbit.tools.admm`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit.model import TransformerLM
+from lowbit.plan import Plan
+from lowbit.tools import cli
+from lowbit.tools.training.config import TrainConfig
+from lowbit.tools.training.loop import Epochs, Resume, Stepper, learning_rate
+from lowbit.tools.training.quantized import QuantizedMatrix
+
+PHASES = ("admm", "hard", "scales")
+HARD_CHECKS = 40  # looks at the stability of codes over the hard phase
+FREEZE_FROM, FREEZE_AFTER = 20, 8  # first look that may freeze; looks a code must have been stable for
+REFIT_EVERY = 10  # hard steps between re-solved scales
+ADMM_EVALS, HARD_EVALS, SCALE_EVALS = 6, 8, 3
+
+
+@dataclass(frozen=True)
+class AdmmOptions:
+    """Length and strength of the three phases; defaults as DESIGN section 7.
+
+    Attributes:
+        phases: shares of the steps for ADMM, the hard phase and the scale phase.
+        kappa: first and last strength of the decoupled proximal pull W <- W - kappa (W - Q + U), ramped geometrically.
+    """
+
+    epochs: float = 10.0
+    lr: float = 5e-4
+    phases: tuple[float, float, float] = (0.4, 0.5, 0.1)
+    dropout_scale: float = 0.7
+    distill: float = 0.0
+    duals: int = 40
+    kappa: tuple[float, float] = (1e-5, 1e-2)
+    extra_gradient: bool = False
+    warmup: int = 100
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, what: str) -> None:
+            if not ok:
+                raise LowbitError(f"admm: {what}")
+
+        require(self.epochs > 0 and self.lr > 0, "epochs and lr must be positive")
+        require(min(self.phases) >= 0 and sum(self.phases) > 0, "phases are shares that are not all 0")
+        require(
+            self.phases[1] + self.phases[2] > 0,
+            "without a hard or a scale phase nothing is quantized at the end",
+        )
+        require(0 <= self.distill <= 1, "distill must lie in [0, 1]")
+        require(self.dropout_scale >= 0 and self.duals >= 1, "dropout-scale must be >= 0 and duals >= 1")
+        require(0 < self.kappa[0] <= self.kappa[1] < 1, "kappa must rise within (0, 1)")
+
+    def kappa_at(self, dual: int) -> float:
+        first, last = self.kappa
+        return first * (last / first) ** (dual / max(1, self.duals - 1))
+
+
+class Admm:
+    """Runs the phases; the model ends with level[code] * scale in every matrix, exactly."""
+
+    def __init__(
+        self,
+        options: AdmmOptions,
+        config: TrainConfig,
+        plan: Plan,
+        corpora: Any,
+        stepper: Stepper,
+        teacher: TransformerLM | None,
+        out: str,
+        restart: bool,
+    ):
+        self.options, self.corpora, self.stepper, self.teacher = options, corpora, stepper, teacher
+        parameters = dict(stepper.model.named_parameters())
+        self.matrices = {name: QuantizedMatrix(parameters[f"{name}.weight"], plan[name]) for name in plan}
+        quantized = {f"{name}.weight" for name in plan}
+        self.vectors = [p for name, p in parameters.items() if name not in quantized]
+        total = max(3, round(options.epochs * len(corpora.train.epoch(0))))
+        shares = [s / sum(options.phases) for s in options.phases]
+        self.steps = dict(zip(PHASES, (round(total * s) for s in shares), strict=True))
+        identity = {
+            "options": asdict(options), "config": config.to_dict(), "plan": plan.to_dict(),
+            "vocab": corpora.vocab.hash, "precision": stepper.precision,
+        }  # fmt: skip
+        self.resume = Resume(out, identity, stepper.parallel, restart)
+        self.phase, self.step, self.dual, self.seconds = "admm", 0, 0, 0.0
+        self.valid_nll = math.inf
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.epochs = Epochs(corpora.train)
+
+    def run(self) -> dict[str, Any]:
+        """All phases; returns the summary."""
+        state = self.resume.load()
+        if state is None:
+            self._start_phase("admm")
+        else:
+            self._restore(state)
+        self.stepper.model.train()
+        self._clock = time.monotonic()
+        done = sum(self.steps[p] for p in PHASES[: PHASES.index(self.phase)]) + self.step
+        with self.resume.guarded(), cli.Progress("admm", sum(self.steps.values()), "step", done) as self.bar:
+            for phase in PHASES[PHASES.index(self.phase) :]:
+                if phase != self.phase:
+                    self._start_phase(phase)
+                self._run_phase(getattr(self, f"_{phase}_step"))
+        self._round_vectors()
+        self.valid_nll = self.stepper.validate(self.corpora.valid)
+        self._tick()
+        return {
+            "stage": "admm", "steps": self.steps, "valid_ppl": math.exp(self.valid_nll), "residual": self._residual(),
+            "seconds": round(self.seconds, 1), "options": asdict(self.options),
+        }  # fmt: skip
+
+    def finish(self) -> None:
+        """Drop the resume file, once the result is safely written."""
+        self.resume.finish()
+
+    def scales(self) -> dict[str, torch.Tensor]:
+        """Matrix name -> fp16 scales [N, G]."""
+        return {name: m.scale.half() for name, m in self.matrices.items()}
+
+    def _start_phase(self, phase: str) -> None:
+        self.phase, self.step = phase, 0
+        if phase == "admm":
+            for m in self.matrices.values():
+                m.set_target()
+        elif phase == "hard":
+            for m in self.matrices.values():
+                m.start_hard()
+        else:
+            for m in self.matrices.values():
+                m.start_scales()
+        self.optimizer = self._make_optimizer()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """Weight decay is off: the levels, not zero, are where the weights belong (DESIGN 7)."""
+        trained = {"admm": "weight", "hard": "latent", "scales": "log_scale"}[self.phase]
+        parameters = [getattr(m, trained) for m in self.matrices.values()] + self.vectors
+        return torch.optim.AdamW(parameters, lr=self.options.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+
+    def _run_phase(self, step) -> None:
+        while self.step < self.steps[self.phase]:
+            step(next(self.epochs))
+            self.step += 1
+            self.bar.advance(note=f"{self.phase}, valid PPL {math.exp(min(self.valid_nll, 50)):.2f}")
+            if self.resume.due():
+                self._tick()
+                self.resume.save(self._state())
+
+    def _set_lr(self) -> None:
+        o, steps = self.options, self.steps[self.phase]
+        if self.phase == "admm":
+            lr = learning_rate(self.step, steps, o.lr, o.warmup, "plateau")
+        elif self.phase == "hard":
+            lr = learning_rate(self.step, steps, o.lr, 0 if self.steps["admm"] else o.warmup)
+        else:
+            lr = learning_rate(self.step, steps, o.lr / 4, min(o.warmup, steps // 5))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _backward(self, batch) -> None:
+        self.stepper.model.zero_grad(set_to_none=True)
+        self.stepper.backward(batch, self.teacher, self.options.distill)
+        self.stepper.clip_gradients()
+
+    # Phase 1: ADMM
+
+    def _admm_step(self, batch) -> None:
+        self._set_lr()
+        if self.options.extra_gradient:
+            self._extrapolate(batch)
+        self._backward(batch)
+        if self.options.extra_gradient:
+            torch._foreach_copy_(self._all_parameters(), self._origin)
+        self.optimizer.step()
+        kappa = self.options.kappa_at(self.dual)
+        weights, targets = (
+            [m.weight.data for m in self.matrices.values()],
+            [m.target for m in self.matrices.values()],
+        )
+        torch._foreach_lerp_(weights, targets, kappa)
+        duals = self.options.duals
+        if self.step + 1 >= (self.dual + 1) * self.steps["admm"] / duals:
+            self._dual_update()
+
+    def _all_parameters(self) -> list[torch.Tensor]:
+        return [p.data for p in self.stepper.model.parameters()]
+
+    def _extrapolate(self, batch) -> None:
+        """ExtraAdam (Gidel et al. 2019): look one step ahead, then step from here with the gradient seen there."""
+        self._origin = [p.clone() for p in self._all_parameters()]
+        self._backward(batch)
+        self.optimizer.step()
+
+    def _dual_update(self) -> None:
+        flips, sizes = 0.0, 0
+        kappa = self.options.kappa_at(self.dual)
+        rate = 1 - (1 - kappa) ** (self.steps["admm"] / self.options.duals)
+        for m in self.matrices.values():
+            flips += m.q_step() * m.codes.numel()
+            sizes += m.codes.numel()
+            m.dual_step(rate)
+        # The scaled dual is U = y / rho: it shrinks as the penalty grows.
+        ratio = kappa / self.options.kappa_at(min(self.dual + 1, self.options.duals - 1))
+        residual = self._residual()
+        record = {
+            "dual": self.dual,
+            "kappa": kappa,
+            "residual": residual,
+            "flips": flips / sizes,
+        }
+        self.dual += 1
+        if self.dual % max(1, self.options.duals // ADMM_EVALS) == 0 or self.dual == self.options.duals:
+            record |= self._ppl_of_both()
+        self._log(**record)
+        for m in self.matrices.values():
+            m.dual *= ratio
+            m.set_target()
+
+    def _residual(self) -> float:
+        parts = [m.squared_residual() for m in self.matrices.values()]
+        return math.sqrt(sum(e for e, _ in parts) / sum(w for _, w in parts))
+
+    def _ppl_of_both(self) -> dict[str, float]:
+        """Validation perplexity of W and of Q; the model keeps W."""
+        nll_w = self.stepper.validate(self.corpora.valid)
+        with self._holding_q():
+            self.valid_nll = self.stepper.validate(self.corpora.valid)
+        return {"valid_ppl_w": _ppl(nll_w), "valid_ppl_q": _ppl(self.valid_nll)}
+
+    @contextlib.contextmanager
+    def _holding_q(self) -> Iterator[None]:
+        held = {name: m.weight.data.clone() for name, m in self.matrices.items()}
+        for m in self.matrices.values():
+            m.weight.data.copy_(m.quantized())
+        yield
+        for name, m in self.matrices.items():
+            m.weight.data.copy_(held[name])
+
+    # Phase 2: straight-through on the same quantizer
+
+    def _hard_step(self, batch) -> None:
+        self._set_lr()
+        self._backward(batch)
+        for m in self.matrices.values():
+            m.pass_gradient()
+        self.optimizer.step()
+        steps = self.steps["hard"]
+        look = (self.step + 1) * HARD_CHECKS // steps
+        if look > self.step * HARD_CHECKS // steps:
+            self._track_codes(look)
+        for m in self.matrices.values():
+            m.load_quantized(refit=(self.step + 1) % REFIT_EVERY == 0)
+        self._validate_every(HARD_EVALS)
+
+    def _track_codes(self, look: int) -> None:
+        sizes = sum(m.codes.numel() for m in self.matrices.values())
+        flips = frozen = 0.0
+        for m in self.matrices.values():
+            f, z = m.track_codes(FREEZE_AFTER if look >= FREEZE_FROM else None)
+            flips, frozen = flips + f * m.codes.numel() / sizes, frozen + z * m.codes.numel() / sizes
+        self._log(look=look, flips=flips, frozen=frozen)
+
+    # Phase 3: scales, biases and norms
+
+    def _scales_step(self, batch) -> None:
+        self._set_lr()
+        self._backward(batch)
+        for m in self.matrices.values():
+            m.scale_gradient()
+        self.optimizer.step()
+        for m in self.matrices.values():
+            m.load_scaled()
+        self._validate_every(SCALE_EVALS)
+
+    def _validate_every(self, evals: int) -> None:
+        steps = self.steps[self.phase]
+        if (self.step + 1) * evals // steps > self.step * evals // steps:
+            self.valid_nll = self.stepper.validate(self.corpora.valid)
+            self._log(valid_ppl_q=_ppl(self.valid_nll))
+
+    def _round_vectors(self) -> None:
+        """Biases, norms and positions as the packed file holds them (fp16)."""
+        for p in self.vectors:
+            p.data.copy_(p.data.half().float())
+
+    # Log and resume
+
+    def _log(self, **record: Any) -> None:
+        lr = self.optimizer.param_groups[0]["lr"]
+        seconds = self.seconds + time.monotonic() - self._clock
+        self.resume.log(phase=self.phase, step=self.step + 1, lr=lr, seconds=round(seconds, 1), **record)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "phase": self.phase, "step": self.step, "dual": self.dual, "seconds": self.seconds,
+            "valid_nll": self.valid_nll, "model": self.stepper.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "epochs": self.epochs.state(),
+            "matrices": {name: m.state() for name, m in self.matrices.items()},
+        }  # fmt: skip
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name in ("phase", "step", "dual", "seconds", "valid_nll"):
+            setattr(self, name, state[name])
+        self.stepper.model.load_state_dict(state["model"])
+        for name, m in self.matrices.items():
+            m.restore(state["matrices"][name])
+        self.optimizer = self._make_optimizer()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epochs = Epochs(self.corpora.train, **state["epochs"])
+        if self.stepper.parallel.is_main:
+            print(
+                f"admm: resuming in phase {self.phase} at step {self.step} of {self.steps[self.phase]}",
+                file=sys.stderr,
+            )
+
+
+def _ppl(nll: float) -> float:
+    return math.exp(min(nll, 50.0))
