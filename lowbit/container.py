@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from lowbit.config import ModelConfig
 from lowbit.container_checks import check_codes, check_scale, check_vector, checksum, seal, shorten
@@ -129,7 +129,7 @@ def write_packed(path: PathLike, model: PackedModel) -> None:
     except (TypeError, ValueError, RecursionError) as error:
         raise LowbitError(f"{path}: provenance is not JSON: {error}") from None
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {METADATA_KEY: text})
+        temporary.write_bytes(save(tensors, {METADATA_KEY: text}))
         read_header(temporary)
 
 
