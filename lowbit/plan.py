@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +58,25 @@ class Plan(Mapping[str, MatrixPlan]):
         return len(self._matrices)
 
     @classmethod
-    def uniform(
-        cls, config: ModelConfig, bits: int, table: str | None = None, group: int | None = None
-    ) -> Plan:
+    def uniform(cls, config: ModelConfig, bits: int, table: str | None = None, group: int | None = None) -> Plan:
         """The same precision for every matrix."""
         entry = MatrixPlan(bits, table, group)
         return cls({name: entry for name in config.matrix_shapes()}, {"method": "uniform"})
+
+    @classmethod
+    def manual(cls, config: ModelConfig, rules: Sequence[tuple[str, int]]) -> Plan:
+        """Bits by matrix name: the first shell pattern that matches decides.
+
+        Raises:
+            LowbitError: a matrix that no pattern matches.
+        """
+        matrices = {}
+        for name in config.matrix_shapes():
+            bits = next((b for pattern, b in rules if fnmatch.fnmatchcase(name, pattern)), None)
+            if bits is None:
+                raise LowbitError(f"manual plan: no pattern matches matrix {name!r}")
+            matrices[name] = MatrixPlan(bits)
+        return cls(matrices, {"method": "manual", "rules": [list(rule) for rule in rules]})
 
     def validate(self, config: ModelConfig, where: str = "plan") -> None:
         """Raises LowbitError unless the plan names exactly the matrices of ``config``."""
@@ -78,9 +92,7 @@ class Plan(Mapping[str, MatrixPlan]):
         """Bits of code per quantized weight (ternary counts 1.6), scales not included."""
         shapes = config.matrix_shapes()
         total = sum(n * k for n, k in shapes.values())
-        bits = sum(
-            n * k * find_table(self[m].bits, self[m].table).effective_bits for m, (n, k) in shapes.items()
-        )
+        bits = sum(n * k * find_table(self[m].bits, self[m].table).effective_bits for m, (n, k) in shapes.items())
         return bits / total
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,9 +108,7 @@ class Plan(Mapping[str, MatrixPlan]):
         if not isinstance(values, dict) or not isinstance(values.get("matrices"), dict):
             raise LowbitError(f"{where}: expected an object with 'matrices': {{name: {{'bits': b}}}}")
         if values.get("version", PLAN_VERSION) != PLAN_VERSION:
-            raise LowbitError(
-                f"{where}: plan version {values['version']!r}, this lowbit reads {PLAN_VERSION}"
-            )
+            raise LowbitError(f"{where}: plan version {values['version']!r}, this lowbit reads {PLAN_VERSION}")
         if not isinstance(values.get("source", {}), dict):
             raise LowbitError(f"{where}: 'source' must be an object")
         matrices = {}

@@ -64,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="FILE", help="checkpoint to write (safetensors)")
     p.add_argument("--epochs", type=float, help="override the configuration's epochs")
     p.add_argument("--seed", type=int, help="override the configuration's seed")
+    p.add_argument("--lr", type=float, help="override the configuration's peak learning rate")
+    p.add_argument("--dropout-scale", type=float, default=1.0, metavar="F", help="factor on every dropout rate")
+    p.add_argument("--init", metavar="FILE", help="start from this full-precision checkpoint's weights and vocabulary")
     add_run_options(p)
     return p
 
@@ -100,12 +103,15 @@ def prepare_run(args: argparse.Namespace, seed: int) -> tuple[torch.device, str,
 def body(args: argparse.Namespace) -> dict[str, Any]:
     args.stage = "train"
     config = TrainConfig.find(args.config)
-    overrides = {k: getattr(args, k) for k in ("epochs", "seed") if getattr(args, k) is not None}
-    config = replace(config, **overrides)
+    overrides = {k: getattr(args, k) for k in ("epochs", "seed", "lr") if getattr(args, k) is not None}
+    config = replace(config, **overrides, dropout=config.dropout.scaled(args.dropout_scale))
+    init = None if args.init is None else Checkpoint.load(args.init)
     device, precision, parallel = prepare_run(args, config.seed)
-    corpora = Corpora.read(args.data, config)
+    corpora = Corpora.read(args.data, config, init.vocab if init else None)
     model_config = ModelConfig.from_dict(_model_fields(config, len(corpora.vocab)))
-    model = TransformerLM(model_config).to(device)
+    if init and init.config != model_config:
+        raise LowbitError(f"--init {args.init}: a model of another shape than --config {args.config} asks for")
+    model = (init.build_model() if init else TransformerLM(model_config)).to(device)
     model.dropout = config.dropout
     torch.manual_seed(config.seed * 1000 + parallel.rank)  # dropout masks differ between processes
     run = Training(config, corpora, Stepper(model, parallel, device, precision, config.clip), args)
@@ -141,7 +147,9 @@ class Training:
             eps=1e-8,
             fused=True,
         )
-        identity = {"config": config.to_dict(), "vocab": corpora.vocab.hash, "precision": stepper.precision}
+        identity = {
+            "config": config.to_dict(), "vocab": corpora.vocab.hash, "precision": stepper.precision, "init": args.init,
+        }  # fmt: skip
         self.resume = Resume(args.out, identity, stepper.parallel, args.restart)
         self.step, self.seconds, self.peak = 0, 0.0, config.lr
         self.best_nll, self.best = math.inf, {}

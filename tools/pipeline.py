@@ -1,0 +1,80 @@
+"""Run stages one after another, each once: what demo and reproduce are made of.
+
+A stage is repeated only if its arguments, the bytes of its inputs or its version changed since it last ended well;
+its result stands as JSON beside its outputs. Killed at any point, the pipeline goes on with the stage it was in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from lowbit.files import read_json, write_json
+from lowbit.tools import cli
+
+
+class Pipeline:
+    """Stages that work in one folder.
+
+    Args:
+        out: folder of all outputs; made if absent.
+        restart: forget what is done.
+    """
+
+    def __init__(self, out: str | Path, restart: bool = False):
+        self.out = Path(out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._stamps = self.out / "stages.json"
+        self.stages = {} if restart or not self._stamps.is_file() else read_json(self._stamps)
+        self.restart = restart
+
+    def path(self, name: str) -> str:
+        """A file in the folder."""
+        return str(self.out / name)
+
+    def run(self, key: str, stage: str, argv: Sequence[str], inputs: Sequence[str], outputs: Sequence[str]) -> Any:
+        """Run ``lowbit STAGE ARGV`` unless it is done; returns its result.
+
+        Args:
+            key: name of the step; its result is kept as ``KEY.json``.
+            inputs, outputs: files that it reads and writes.
+
+        Raises:
+            LowbitError: the stage's own.
+        """
+        record = {"command": f"lowbit {stage} {' '.join(argv)}", "inputs": {i: file_hash(i) for i in inputs}}
+        result_file = self.out / f"{key}.json"
+        done = self.stages.get(key) == record and result_file.is_file() and all(Path(o).is_file() for o in outputs)
+        if done:
+            return read_json(result_file)
+        print(f"[{key}] {record['command']}", file=sys.stderr, flush=True)
+        module = importlib.import_module(f"lowbit.tools.{stage}")
+        arguments = [*argv, "--restart"] if self.restart and stage in ("train", "admm") else list(argv)
+        started = time.perf_counter()
+        with contextlib.redirect_stdout(sys.stderr):
+            result = cli.finite(module.body(module.parser().parse_args(arguments)) or {})
+        result["stage_seconds"] = round(time.perf_counter() - started, 2)
+        write_json(result_file, result)
+        self.stages[key] = record
+        write_json(self._stamps, self.stages)
+        return result
+
+    def commands(self) -> list[str]:
+        """The command lines that made the folder, in order."""
+        return [record["command"] for record in self.stages.values()]
+
+
+def file_hash(path: str | Path) -> str:
+    """xxh3_64 of a file's bytes."""
+    state = xxhash.xxh3_64()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
