@@ -1,0 +1,86 @@
+"""A table of results as Markdown, and its picture: bytes against quality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lowbit.files import atomic_path
+from lowbit.tools import cli
+
+# (heading, key of a row, format); a column stands in the table if any row has its key.
+COLUMNS = (
+    ("model", "title", "{}"),
+    ("bytes", "bytes", "{:,}"),
+    ("times smaller", "ratio", "{:.2f}"),
+    ("mean bits", "mean_bits", "{:.2f}"),
+    ("valid PPL", "valid_ppl", "{:.2f}"),
+    ("test PPL", "test_ppl", "{:.2f}"),
+    ("dev WER %", "dev_rescored_wer", "{:.2f}"),
+    ("test WER %", "test_rescored_wer", "{:.2f}"),
+    ("sentences/s", "sentences_per_second", "{:,.0f}"),
+    ("utterances/s", "utterances_per_second", "{:,.0f}"),
+)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Header and cells; an absent value is an en dash."""
+    columns = [c for c in COLUMNS if any(c[1] in row for row in rows)]
+    cells = [[f.format(row[key]) if row.get(key) is not None else "–" for _, key, f in columns] for row in rows]
+    return [[heading for heading, _, _ in columns], *cells]
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table, with the first-pass and oracle WER and the tests against them below it."""
+    header, *body = table(rows)
+    align = ["---"] + ["---:"] * (len(header) - 1)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, align, *body)]
+    if "test_first_pass_wer" in rows[0]:
+        r = rows[0]
+        lines += ["", f"First pass {r['test_first_pass_wer']:.2f} % WER, oracle {r['test_oracle_wer']:.2f} % (test)."]
+        for row in rows:
+            if "against_first_pass" in row:
+                lines.append(
+                    f"- {row['title']}: {_test(row, 'first_pass', 'first pass')}; {_test(row, 'fp32', 'fp32')}."
+                )
+    return "\n".join(lines) + "\n"
+
+
+def _test(row: dict[str, Any], key: str, name: str) -> str:
+    t = row[f"against_{key}"]
+    if t["low"] == t["high"] == 0:
+        return f"identical to {name}"
+    p = t["mapsswe_p"]
+    shown = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+    return f"{t['wer_difference']:+.2f} [{t['low']:+.2f}, {t['high']:+.2f}] against {name} (MAPSSWE {shown})"
+
+
+def picture(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Bytes (logarithmic) against perplexity and, where there is one, WER; PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    quality = [("test_ppl" if "test_ppl" in rows[0] else "valid_ppl", "perplexity")]
+    if "test_rescored_wer" in rows[0]:
+        quality.append(("test_rescored_wer", "test WER %"))
+    figure, axes = plt.subplots(1, len(quality), figsize=(5.5 * len(quality), 4), squeeze=False)
+    for axis, (key, label) in zip(axes[0], quality, strict=True):
+        for row in rows:
+            axis.plot(row["bytes"], row[key], "o", ms=9)
+            note = f"{row['title']}\n{cli.format_bytes(row['bytes'])}"
+            axis.annotate(note, (row["bytes"], row[key]), textcoords="offset points", xytext=(6, 6), fontsize=8)
+        if key == "test_rescored_wer":
+            axis.axhline(rows[0]["test_first_pass_wer"], color="gray", ls="--", lw=1)
+            axis.annotate("first pass", (rows[0]["bytes"], rows[0]["test_first_pass_wer"]), fontsize=8, color="gray")
+        else:
+            axis.set_yscale("log")
+        axis.set(xscale="log", xlabel="model file, bytes", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.margins(0.25)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
