@@ -282,9 +282,11 @@ def _learn_levels(w: torch.Tensor, bits: int, group: int | None, rounds: int = 8
     quantiles = torch.linspace(0.5 / n, 1 - 0.5 / n, n)
     units = torch.special.ndtri(quantiles)
     table = _integer_levels(units, bits)
+    k = w.shape[1]
+    w = w.clamp(-127 * _FP16_MAX, 127 * _FP16_MAX)  # beyond what a scale can reach, and sums of s * w stay finite
     for _ in range(rounds):
         codes, scale = fit(w, table, group, iterations=4)
-        s = scale.float().repeat_interleave(group or w.shape[1], dim=1)[:, : w.shape[1]]
+        s = scale.float().repeat_interleave(min(group or k, k), dim=1)[:, :k]
         index = codes.flatten().long()
         numerator = torch.zeros(n).index_add_(0, index, (s * w).flatten())
         denominator = torch.zeros(n).index_add_(0, index, s.square().flatten())

@@ -14,6 +14,9 @@ from lowbit.container import PackedMatrix, PackedModel
 from lowbit.quantize import quantize
 from lowbit.vocab import Vocab
 
+# The tests' tensors are tiny: more threads only wait for each other.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # A deadline in milliseconds would fail on a busy machine, not on a defect; the same examples in every run, so
