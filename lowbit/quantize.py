@@ -118,7 +118,7 @@ def quantize(
     """
     if not isinstance(w, torch.Tensor) or w.ndim != 2 or not w.is_floating_point() or 0 in w.shape:
         raise LowbitError(f"quantize takes a non-empty float matrix [N, K], not {describe(w)}")
-    w = w.detach().float()
+    w = w.detach().float().cpu()
     if not bool(torch.isfinite(w).all()):
         raise LowbitError("quantize: the weight holds NaN or infinite values")
     check_group(group)
@@ -196,7 +196,7 @@ class _Problem:
     def __init__(self, v: torch.Tensor, table: Table, group: int | None, weight: torch.Tensor | None):
         n, k = v.shape
         self.table, self.group = table, min(group or k, k)
-        self.levels = torch.tensor(table.levels, dtype=torch.float32)
+        self.levels = torch.tensor(table.levels, dtype=torch.float32, device=v.device)
         pad = (0, -k % self.group)
         h = torch.ones_like(v) if weight is None else weight.float().expand(n, k).clone()
         self.v = torch.nn.functional.pad(v, pad).view(-1, self.group)
@@ -258,7 +258,7 @@ class _Problem:
         """Closed form for h = 1: keep the m largest |v|, s their mean, m maximising (sum of them)^2 / m."""
         size = self.v.abs().sort(dim=1, descending=True).values.double()
         prefix = size.cumsum(1)
-        count = torch.arange(1, self.group + 1, dtype=torch.float64)
+        count = torch.arange(1, self.group + 1, dtype=torch.float64, device=size.device)
         m = (prefix.square() / count).argmax(1, keepdim=True)
         return (prefix.gather(1, m) / (m + 1)).float()
 
@@ -271,7 +271,7 @@ def nearest_codes(units: torch.Tensor, table: Table) -> torch.Tensor:
     if table.affine:
         a, b = table.affine
         return ((units - b) / a).round_().clamp_(bottom, top).to(torch.uint8)
-    levels = torch.tensor(table.levels, dtype=torch.float32)
+    levels = torch.tensor(table.levels, dtype=torch.float32, device=units.device)
     return torch.bucketize(units.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
 

@@ -156,7 +156,7 @@ class Resume:
             raise LowbitError(
                 f"{self.path}: left by a run with other settings, plan or data; finish that run, or pass --restart"
             )
-        torch.set_rng_state(state["rng"][self.parallel.rank % len(state["rng"])])
+        _set_rng(state["rng"][self.parallel.rank % len(state["rng"])])
         return state
 
     @contextlib.contextmanager
@@ -180,7 +180,7 @@ class Resume:
 
     def save(self, state: dict[str, Any]) -> None:
         """Save, then leave if a stop was asked for."""
-        state = state | {"identity": self.identity, "rng": self.parallel.gather(torch.get_rng_state())}
+        state = state | {"identity": self.identity, "rng": self.parallel.gather(_get_rng())}
         if self.parallel.is_main:
             with atomic_path(self.path) as temporary:
                 torch.save(state, temporary)
@@ -196,3 +196,17 @@ class Resume:
     def finish(self) -> None:
         if self.parallel.is_main:
             self.path.unlink(missing_ok=True)
+
+
+def _get_rng() -> dict[str, torch.Tensor]:
+    """State of every generator that a training draws from on this process."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -34,7 +34,7 @@ class QuantizedMatrix:
     def __init__(self, weight: torch.nn.Parameter, plan: MatrixPlan):
         self.weight, self.plan = weight, plan
         self.table = find_table(plan.bits, plan.table)
-        self.levels = torch.tensor(self.table.padded, dtype=torch.int8)
+        self.levels = torch.tensor(self.table.padded, dtype=torch.int8, device=weight.device)
         self.group = plan.group or weight.shape[1]
         self.dual = torch.zeros_like(weight.data)
         self.codes, self.scale = self._fit(weight.data, None)
@@ -177,7 +177,8 @@ class QuantizedMatrix:
 
     def restore(self, state: dict[str, Any]) -> None:
         for name in self._STATE:
-            setattr(self, name, state[name])
+            value = state[name]
+            setattr(self, name, None if value is None else value.to(self.weight.device))
         for name in ("latent", "log_scale"):
-            setattr(self, name, torch.nn.Parameter(state[name]) if name in state else None)
+            setattr(self, name, torch.nn.Parameter(state[name].to(self.weight.device)) if name in state else None)
         self._any_frozen = state["any_frozen"]
