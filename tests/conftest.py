@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,9 @@ def make_packed(config: ModelConfig, seed: int = 0) -> PackedModel:
 @pytest.fixture
 def packed_model(small_config: ModelConfig) -> PackedModel:
     return make_packed(small_config)
+
+
+@pytest.fixture(scope="session")
+def pack_random() -> Callable[[ModelConfig], PackedModel]:
+    """Builds a packed model of any configuration with random weights."""
+    return make_packed
