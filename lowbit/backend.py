@@ -102,7 +102,7 @@ class TorchBackend:
         return hidden.flatten(0, 1)
 
     def _target_log_probs(self, hidden: torch.Tensor, count: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Output layer and log-sum-exp in blocks of rows; row i of ``hidden`` [n, D] has the next ``count[i]`` targets."""
+        """Output layer and log-sum-exp in blocks of rows; row i of hidden [n, D] has the next ``count[i]`` targets."""
         rows = max(1, LOGIT_BLOCK // self.model.config.vocab_size)
         ends = count.cumsum()
         out = np.empty(len(targets), np.float32)

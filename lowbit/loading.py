@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit import ops
+from lowbit import bitpack, ops
 from lowbit.checkpoint import Checkpoint
-from lowbit.container import PackedFile
+from lowbit.container import PackedFile, PackedMatrix
 from lowbit.errors import LowbitError
 from lowbit.files import PathLike
 from lowbit.layers import QuantEmbedding, QuantLinear
@@ -19,7 +19,7 @@ from lowbit.model import TransformerLM
 from lowbit.vocab import Vocab
 
 PACKED_SUFFIX = ".lowbit"
-COMPUTE = ("int8", "exact")
+_MANY_ROWS = 256  # rows of a matrix product that scores a batch, whose kernel need not be that of one row
 
 
 @dataclass
@@ -39,8 +39,8 @@ def load_model(path: PathLike, device: str = "cpu", compute: str = "int8") -> Lo
             nothing ever falls back to something else.
         FormatError: a damaged file.
     """
-    if compute not in COMPUTE:
-        raise LowbitError(f"compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
+    if compute not in ops.COMPUTE:
+        raise LowbitError(f"compute must be one of {', '.join(ops.COMPUTE)}, not {compute!r}")
     if device not in ("cpu", "cuda"):
         raise LowbitError(f"device must be cpu or cuda, not {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -66,13 +66,14 @@ def _load_packed(path: PathLike, device: str, compute: str) -> LoadedModel:
         header, vocab = file.header, file.vocab()
         vectors = {name: file.vector(name) for name in header.config.vector_shapes()}
         modules: dict[str, nn.Module] = {}
+        kernels = set()
         # One matrix at a time: re-laid for the kernel, then its canonical codes go before the next one is read.
         for name, matrix in file.matrices():
-            packed = ops.PackedWeight.from_canonical(
-                matrix.codes_packed, matrix.scale, matrix.table, matrix.shape[1], matrix.group
-            )
+            packed = relay(matrix)
+            del matrix
+            kernels |= {packed.kernel_name(1, compute), packed.kernel_name(_MANY_ROWS, compute)}
             if name == "embed":
-                modules[name] = QuantEmbedding(packed, compute)
+                modules[name] = TiedEmbedding(packed, compute) if header.config.tied else QuantEmbedding(packed)
             else:
                 modules[name] = QuantLinear(packed, vectors.pop(f"{name}.bias", None), compute)
     model = TransformerLM(header.config, modules)
@@ -82,8 +83,29 @@ def _load_packed(path: PathLike, device: str, compute: str) -> LoadedModel:
             own[name].copy_(vector)
     bits = sorted({m.table.bits for m in header.matrices.values()})
     description = {"kind": "packed", "precision": "/".join(map(str, bits)) + " bits", "compute": compute}
-    description |= {"kernel": "lowbit", "isa": ops.isa()}
+    description |= {"kernel": ", ".join(sorted(kernels)), "isa": ops.isa()}
     return LoadedModel(model.eval(), vocab, description | _common(path, model, device))
+
+
+def relay(matrix: PackedMatrix) -> ops.PackedWeight:
+    """A matrix of a file in the kernels' layout. Ternary codes lie five to a byte in a file, four in a kernel."""
+    rows, k = matrix.codes_packed, matrix.shape[1]
+    if matrix.table.name == "ternary":
+        rows = bitpack.pack_codes(bitpack.unpack_ternary(rows, k), 2)
+    levels = torch.tensor(matrix.table.padded, dtype=torch.int8)
+    return ops.PackedWeight.from_canonical(rows, matrix.scale, levels, matrix.bits, k, matrix.group)
+
+
+class TiedEmbedding(QuantEmbedding):
+    """An embedding whose matrix is the output layer's too: one packed copy serves both."""
+
+    def __init__(self, packed: ops.PackedWeight, compute: str):
+        super().__init__(packed)
+        self.output = QuantLinear(packed, None, compute)
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., D] -> fp32 logits [..., V]."""
+        return self.output(hidden)
 
 
 def _common(path: PathLike, model: TransformerLM, device: str) -> dict[str, Any]:
@@ -91,5 +113,6 @@ def _common(path: PathLike, model: TransformerLM, device: str) -> dict[str, Any]
         "path": str(path),
         "bytes": Path(path).stat().st_size,
         "device": device,
+        "threads": ops.get_threads() if device == "cpu" else None,
         "parameters": model.config.n_parameters(),
     }

@@ -48,8 +48,8 @@ class State:
 class Decoder:
     """Makes and evaluates states; a state is only computed when its next-token distribution is asked for.
 
-    A context that has reached ``max_len`` tokens loses its oldest ``stride``: where :func:`lowbit.forest.windows` cuts a
-    text, so that both see the same context at every position.
+    A context that has reached ``max_len`` tokens loses its oldest ``stride``: where :func:`~lowbit.forest.windows` cuts
+    a text, so that both see the same context at every position.
     """
 
     def __init__(self, backend: Backend, max_len: int, stride: int):

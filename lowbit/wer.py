@@ -145,7 +145,7 @@ MIN_CORRECT = 2  # words, correct in both systems, that separate two segments (G
 
 
 def _errors_by_slot(ref: str, a: str, b: str) -> np.ndarray:
-    """int64 [2, 2 n + 1]: errors of both systems; slot 2 i + 1 is reference word i, slot 2 i the insertions before it."""
+    """int64 [2, 2 n + 1]: errors of both systems; slot 2 i + 1 is reference word i, 2 i the insertions before it."""
     source, *targets = _letters((ref, a, b))
     slots = np.zeros((2, 2 * len(source) + 1), np.int64)
     for row, target in zip(slots, targets):

@@ -1,0 +1,201 @@
+"""The stages evaluate, generate, rescore and wer as commands."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.checkpoint import Checkpoint
+from lowbit.config import ModelConfig
+from lowbit.container import PackedMatrix, PackedModel, write_packed
+from lowbit.model import TransformerLM
+from lowbit.nbest import Hypothesis, NBest, read_nbest, write_nbest
+from lowbit.quantize import quantize
+from lowbit.tools import evaluate, generate, rescore, wer
+from lowbit.vocab import Vocab
+
+CONFIG = ModelConfig(vocab_size=6, d_model=32, n_layers=2, n_heads=2, d_ffn=48, max_len=12)
+VOCAB = Vocab(["</s>", "<unk>", *"abcd"])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    """The same tiny model as a checkpoint and packed to 8 bits."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    checkpoint = Checkpoint.of_model(TransformerLM(CONFIG), VOCAB)
+    checkpoint.save(folder / "m.safetensors")
+    tensors = checkpoint.tensors
+    matrices = {m: PackedMatrix.from_quant_tensor(quantize(tensors[f"{m}.weight"], 8)) for m in CONFIG.matrix_shapes()}
+    vectors = {name: tensors[name] for name in CONFIG.vector_shapes()}
+    write_packed(folder / "m.lowbit", PackedModel(CONFIG, VOCAB, matrices, vectors, checkpoint.fp32_nbytes))
+    return {"fp32": str(folder / "m.safetensors"), "packed": str(folder / "m.lowbit")}
+
+
+@pytest.fixture
+def lists(tmp_path) -> Path:
+    path = tmp_path / "list.jsonl"
+    rows = [
+        NBest("u1", [Hypothesis("a b x", -1.0), Hypothesis("a b c", -1.1), Hypothesis("a b x", -1.2)], "a b c"),
+        NBest("u2", [Hypothesis("d d", -0.5), Hypothesis("d c", -0.9)], "d d", {"spk": "s1"}),
+    ]
+    write_nbest(path, rows)
+    return path
+
+
+def as_json(capsys, stage, *arguments) -> dict:
+    assert stage.main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "packed"])
+def test_evaluate(models, kind, tmp_path, capsys):
+    text = tmp_path / "t.txt"
+    text.write_text("a b c\n\nd nothing a\n")
+    result = as_json(capsys, evaluate, models[kind], "--text", text, "--mode", "stream", "--stride", 3)
+    assert result["n_tokens"] == 8 and result["n_oov"] == 1 and result["n_lines"] == 2 and result["stride"] == 3
+    assert result["ppl"] == pytest.approx(math.exp(result["nll"] / 8))
+    assert result["engine"]["kind"] == {"fp32": "checkpoint", "packed": "packed"}[kind]
+    assert evaluate.main([models[kind], "--text", str(text), "--mode", "sentence"]) == 0
+    out = capsys.readouterr().out
+    assert "perplexity" in out and "1 words" in out and "stride 6" in out
+
+
+def test_generate(models, capsys):
+    options = ("--prompt", "a b", "--max-new-tokens", 5, "--seed", 3)
+    first = as_json(capsys, generate, models["packed"], *options)
+    assert first["text"].startswith("a b") and len(first["text"].split()) <= 7
+    assert generate.main([models["packed"], *map(str, options)]) == 0
+    assert capsys.readouterr().out.strip() == first["text"]
+
+
+def test_rescore_tunes_applies_and_reports(models, lists, tmp_path, capsys):
+    out, weights = tmp_path / "out.jsonl", tmp_path / "w.json"
+    shared = (models["packed"], "--nbest", lists, "--out", out, "--weights", weights)
+    tuned = as_json(capsys, rescore, *shared, "--tune")
+    assert tuned["first_pass_wer"] == 20.0 and tuned["oracle_wer"] == 0.0 and tuned["first_pass"] == "am"
+    assert tuned["oracle_wer"] <= tuned["rescored_wer"] <= tuned["first_pass_wer"]
+    assert json.loads(weights.read_text())["tuned_on"]["list"] == str(lists)
+    done = list(read_nbest(out))
+    assert [u.id for u in done] == ["u1", "u2"] and done[1].extra["spk"] == "s1"
+    assert all("logprob" in h.extra and "score" in h.extra for u in done for h in u.hyps)
+    applied = as_json(capsys, rescore, *shared)
+    assert applied["rescored_wer"] == tuned["rescored_wer"]
+    assert applied["weights"] == tuned["weights"]
+    assert list(read_nbest(out)) == done
+    by_hand = ("--nbest", str(lists), "--out", str(out), "--lm-weight", "0")
+    assert rescore.main([models["fp32"], *by_hand]) == 0
+    printed = capsys.readouterr().out
+    assert "first pass 20.00, rescored 20.00, oracle 0.00" in printed and "utterances/s" in printed
+
+
+def test_rescore_says_that_it_falls_back_to_ranks(models, tmp_path, capsys):
+    path, out = tmp_path / "rank.jsonl", tmp_path / "out.jsonl"
+    write_nbest(path, [NBest("u1", [Hypothesis("a"), Hypothesis("b")])])
+    assert rescore.main([models["fp32"], "--nbest", str(path), "--out", str(out), "--lm-weight", "0.1", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "has no am scores: minus the rank stands for them" in captured.err
+    assert json.loads(captured.out)["first_pass"] == "rank"
+    assert next(read_nbest(out)).extra["first_pass"] == "rank"
+
+
+def test_wer_of_texts(tmp_path, capsys):
+    (tmp_path / "ref.txt").write_text("a b c\na b\n")
+    (tmp_path / "one.txt").write_text("a x c\na\n")
+    (tmp_path / "two.txt").write_text("a b c\na b\n")
+    result = as_json(capsys, wer, *(tmp_path / f"{n}.txt" for n in ("ref", "one", "two")))
+    assert [s["wer"] for s in result["systems"]] == [pytest.approx(40.0), 0.0]
+    assert (result["systems"][0]["substitutions"], result["systems"][0]["deletions"]) == (1, 1)
+    assert result["difference"]["wer"] == pytest.approx(40.0) and result["mapsswe"]["segments"] == 2
+    assert wer.main([str(tmp_path / f"{n}.txt") for n in ("ref", "one", "two")]) == 0
+    out = capsys.readouterr().out
+    assert "40.00" in out and "MAPSSWE: 2 segments" in out
+
+
+def test_wer_of_lists(lists, tmp_path, capsys):
+    result = as_json(capsys, wer, lists)
+    assert result["systems"][0]["wer"] == pytest.approx(20.0) and result["oracle_wer"] == 0.0
+    # Another order, matched by id; and a text beside a list, matched by line.
+    reordered = [u for u in read_nbest(lists)][::-1]
+    write_nbest(tmp_path / "other.jsonl", [NBest(u.id, u.hyps[1:]) for u in reordered])
+    (tmp_path / "hyp.txt").write_text("a b c\nd d\n")
+    result = as_json(capsys, wer, lists, tmp_path / "other.jsonl", tmp_path / "hyp.txt")
+    assert [s["errors"] for s in result["systems"]] == [1, 0]
+
+
+GOOD = '{"id": "a", "ref": "x", "hyps": [{"text": "x", "am": 1}]}\n'
+BAD_LISTS = {
+    "not JSON": (GOOD + "{oops\n", "line 2: not JSON"),
+    "no id": (GOOD + '{"hyps": [{"text": "x"}]}\n', "line 2: the utterance has no 'id'"),
+    "empty list": (GOOD + '{"id": "b", "hyps": []}\n', "line 2: utterance 'b': 'hyps' must be"),
+    "id twice": (GOOD + GOOD, "line 2: utterance 'a' occurs twice"),
+    "part of the scores": (GOOD + '{"id": "b", "ref": "x", "hyps": [{"text": "x"}]}\n', "utterance 'b': 'am' scores"),
+    "part of the references": (GOOD + '{"id": "b", "hyps": [{"text": "x", "am": 1}]}\n', "utterance 'b'"),
+    "empty file": ("", "holds no N-best list"),
+}
+
+
+@pytest.mark.parametrize("tune", [True, False])
+@pytest.mark.parametrize("case", BAD_LISTS)
+def test_bad_lists_leave_nothing_behind(models, tmp_path, capsys, case, tune):
+    content, message = BAD_LISTS[case]
+    source, out, weights = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "w.json"
+    source.write_text(content)
+    how = ("--tune", "--weights", str(weights)) if tune else ("--lm-weight", "0.5")
+    assert rescore.main([models["fp32"], "--nbest", str(source), "--out", str(out), *how]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and str(source) in error and "\n" not in error
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_bad_commands(models, lists, tmp_path, capsys):
+    empty, text, none = tmp_path / "empty.txt", tmp_path / "t.txt", tmp_path / "none"
+    empty.write_text("\n \n")
+    text.write_text("a\n")
+    cut = tmp_path / "cut.lowbit"
+    cut.write_bytes(Path(models["packed"]).read_bytes()[:-7])
+    bare = tmp_path / "bare.jsonl"
+    write_nbest(bare, [NBest("u1", [Hypothesis("a", 0.0)])])
+    fp32, out = models["fp32"], tmp_path / "out.jsonl"
+    nbest = ("--nbest", lists, "--out", out)
+    before = set(tmp_path.iterdir())
+    for stage, arguments, message in [
+        (evaluate, (fp32, "--text", none), "cannot read"),
+        (evaluate, (fp32, "--text", empty), "holds no text"),
+        (evaluate, (none, "--text", text), "no such model file"),
+        (evaluate, (cut, "--text", text), "cut.lowbit"),
+        (evaluate, (fp32, "--text", text, "--stride", 99), "stride must lie between 1 and"),
+        (generate, (fp32, "--top-k", 0), "top_k must be at least 1"),
+        (rescore, (fp32, *nbest), "give the weights once"),
+        (rescore, (fp32, *nbest, "--lm-weight", 1, "--weights", none), "give the weights once"),
+        (rescore, (fp32, *nbest, "--tune", "--lm-weight", 1), "leave --lm-weight out"),
+        (rescore, (fp32, *nbest, "--weights", none), "cannot read"),
+        (rescore, (fp32, *nbest, "--weights", text), "not JSON"),
+        (rescore, (fp32, *nbest, "--lm-weight", "nan"), "must be finite"),
+        (rescore, (fp32, "--nbest", bare, "--out", out, "--tune"), "utterance 'u1' has no 'ref'"),
+        (rescore, (fp32, "--nbest", lists, "--out", none / "x", "--lm-weight", 1), "does not exist"),
+        (wer, (text,), "needs hypotheses"),
+        (wer, (bare,), "utterance 'u1' has no 'ref'"),
+        (wer, (text, lists), "2 utterances, but"),
+        (wer, (lists, bare), "no utterance 'u2'"),
+        (wer, (lists, lists, lists, lists), "at most two systems"),
+        (wer, (text, none), "cannot read"),
+        (wer, (lists, lists, "--level", 2), "--level between 0 and 1"),
+    ]:
+        assert stage.main(list(map(str, arguments))) == 2, arguments
+        captured = capsys.readouterr()
+        assert message in captured.err and len(captured.err.strip().splitlines()) == 1, captured.err
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "generate", "rescore", "wer"])
+def test_help_has_an_example(stage):
+    path = Path(__file__).resolve().parents[1] / "tools" / f"{stage}.py"
+    run = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=True)
+    assert f"example:\n  lowbit {stage}" in run.stdout and "--json" in run.stdout
