@@ -45,7 +45,7 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
         try:
-            # pip's build isolation gives cmake, ninja and pybind11 a new path at every build: drop the old ones.
+            # pip's build isolation moves cmake, ninja and pybind11 at every build: forget where they were.
             (build / "CMakeCache.txt").unlink(missing_ok=True)
             subprocess.run(configure, check=True)
             subprocess.run([tool("cmake"), "--build", str(build), "--parallel", jobs], check=True)

@@ -1,0 +1,43 @@
+#include "dispatch.h"
+
+#include "crossover.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int log2_bits(int bits) { return bits == 1 ? 0 : bits == 2 ? 1 : bits == 4 ? 2 : 3; }
+
+struct Table {
+  KernelSet set[kIsaCount][4] = {};  // an entry of an absent instruction set stays null and is never reached
+
+  Table() {
+    fill(Isa::kScalar, kScalarKernels);
+#if defined(LOWBIT_X86)
+    fill(Isa::kAvx2, kAvx2Kernels);
+    fill(Isa::kAvx512, kAvx512Kernels);
+    fill(Isa::kAmx, kAvx512Kernels);
+    for (int i = 0; i < 4; ++i) set[static_cast<int>(Isa::kAmx)][i].large = kAmxPanels[i];
+#elif defined(LOWBIT_ARM)
+    fill(Isa::kNeon, kNeonKernels);
+#endif
+  }
+  void fill(Isa isa, const KernelSet (&from)[4]) {
+    for (int i = 0; i < 4; ++i) set[static_cast<int>(isa)][i] = from[i];
+  }
+};
+
+}  // namespace
+
+const KernelSet& kernels(Isa isa, int bits) {
+  static const Table table;
+  return table.set[static_cast<int>(isa)][log2_bits(bits)];
+}
+
+int crossover(Isa isa, int bits) { return kCrossover[static_cast<int>(isa)][log2_bits(bits)]; }
+
+std::string kernel_name(Isa isa, int bits, int64_t rows, Compute compute) {
+  const char* kind = compute == Compute::kExact ? "exact" : rows < crossover(isa, bits) ? "small" : "large";
+  return std::string(isa_name(isa)) + " " + std::to_string(bits) + "-bit " + kind;
+}
+
+}  // namespace lowbit

@@ -1,0 +1,142 @@
+#include "isa.h"
+
+#include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
+namespace lowbit {
+namespace {
+
+constexpr const char* kNames[kIsaCount] = {"scalar", "neon", "avx2", "avx512", "amx"};
+
+#if defined(__x86_64__)
+
+struct Cpuid {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  Cpuid(unsigned leaf, unsigned sub) { __get_cpuid_count(leaf, sub, &eax, &ebx, &ecx, &edx); }
+};
+
+constexpr bool has(unsigned reg, int bit) { return reg >> bit & 1u; }
+
+// XCR0: which register files the OS saves. YMM: bits 1-2; ZMM: 5-7 too; tiles: 17-18.
+uint64_t os_saved_registers() {
+  if (!has(Cpuid(1, 0).ecx, 27)) return 0;  // OSXSAVE
+  uint32_t lo, hi;
+  __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+  return static_cast<uint64_t>(hi) << 32 | lo;
+}
+
+bool os_saves(uint64_t mask) { return (os_saved_registers() & mask) == mask; }
+
+bool cpu_has_avx2() {
+  const Cpuid one(1, 0), seven(7, 0);
+  return os_saves(0x6) && has(one.ecx, 12) /* FMA */ && has(one.ecx, 29) /* F16C */ && has(seven.ebx, 5);
+}
+
+bool cpu_has_avx512() {
+  const Cpuid seven(7, 0);
+  return cpu_has_avx2() && os_saves(0xE6) && has(seven.ebx, 16) /* F */ && has(seven.ebx, 17) /* DQ */ &&
+         has(seven.ebx, 30) /* BW */ && has(seven.ebx, 31) /* VL */ && has(seven.ecx, 11) /* VNNI */;
+}
+
+// Linux hands out the 8 KiB tile state on request only; the permission holds for the process and its
+// children.
+bool request_tile_permission() {
+  constexpr int kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+}
+
+bool cpu_has_amx() {
+  const Cpuid seven(7, 0);
+  return cpu_has_avx512() && os_saves(0x60000) && has(seven.edx, 24) /* TILE */ &&
+         has(seven.edx, 25) /* INT8 */ && request_tile_permission();
+}
+
+bool detect(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar:
+      return true;
+    case Isa::kAvx2:
+      return cpu_has_avx2();
+    case Isa::kAvx512:
+      return cpu_has_avx512();
+    case Isa::kAmx:
+      return cpu_has_amx();
+    default:
+      return false;
+  }
+}
+
+#elif defined(__aarch64__)
+
+bool detect(Isa isa) {
+  constexpr unsigned long kHwcapAsimdDotProduct = 1ul << 20;
+  return isa == Isa::kScalar || (isa == Isa::kNeon && (getauxval(AT_HWCAP) & kHwcapAsimdDotProduct));
+}
+
+#else
+
+bool detect(Isa isa) { return isa == Isa::kScalar; }
+
+#endif
+
+std::string join(const std::vector<std::string>& names) {
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+Isa choose() {
+  const char* forced = std::getenv("LOWBIT_ISA");
+  if (forced != nullptr && *forced != '\0') return require_isa(forced);
+  for (int i = kIsaCount - 1; i > 0; --i) {
+    if (isa_available(static_cast<Isa>(i))) return static_cast<Isa>(i);
+  }
+  return Isa::kScalar;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+bool isa_available(Isa isa) {
+  static const auto found = [] {
+    std::vector<bool> all;
+    for (int i = 0; i < kIsaCount; ++i) all.push_back(detect(static_cast<Isa>(i)));
+    return all;
+  }();
+  return found[static_cast<size_t>(isa)];
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (isa_available(static_cast<Isa>(i))) names.emplace_back(kNames[i]);
+  }
+  return names;
+}
+
+Isa require_isa(const std::string& name) {
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (name != kNames[i]) continue;
+    if (isa_available(static_cast<Isa>(i))) return static_cast<Isa>(i);
+    throw std::runtime_error("LOWBIT_ISA=" + name + ": this machine lacks it; it has " +
+                             join(available_isas()));
+  }
+  throw std::runtime_error("LOWBIT_ISA=" + name + " is unknown; this machine has " + join(available_isas()));
+}
+
+Isa selected_isa() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+}  // namespace lowbit

@@ -1,0 +1,48 @@
+// The only file that knows OpenMP.
+//
+// One pool for the process. torch brings its own libgomp; a second OpenMP runtime would keep a second set of
+// workers spinning against the first. We link libgomp by its soname (libgomp.so.1) and lowbit/ops.py imports
+// torch first: whether torch's copy has that soname or is found through torch's global symbol scope, the
+// dynamic linker then binds GOMP_parallel to the copy that torch runs on, so both libraries share the same
+// workers. For the same reason a team has, by default, the size torch uses (omp_get_max_threads() of the
+// calling thread, which torch sets to the physical cores): libgomp rebuilds its team whenever the size
+// changes.
+#pragma once
+
+#include <omp.h>
+
+#include <cstdint>
+
+namespace lowbit {
+
+// Threads a parallel region may use: set_threads(), else what OpenMP offers this thread, at most what the
+// cgroup quota allows. 1 in a forked child, where libgomp's workers do not exist.
+int max_threads();
+
+// 0 restores the default.
+void set_max_threads(int count);
+
+// The member of a team that runs the same function on every thread.
+struct Team {
+  int rank, size;
+  void barrier() const {
+    if (size > 1) {
+#pragma omp barrier
+    }
+  }
+};
+
+// f(Team) on `threads` threads, the caller being rank 0. f must not throw.
+template <class F>
+void parallel(int threads, const F& f) {
+  if (threads <= 1) {
+    f(Team{0, 1});
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    f(Team{omp_get_thread_num(), omp_get_num_threads()});
+  }
+}
+
+}  // namespace lowbit

@@ -1,0 +1,70 @@
+// y = x * W^T for a prepacked W: what the kernels of every instruction set implement, and the driver over
+// them.
+#pragma once
+
+#include <cstdint>
+
+#include "../layout.h"
+
+namespace lowbit {
+
+// Activations rounded to int8, q = round(x * 127 / max|x|), one scale for every row and span of W.
+// Row m, tile t of 64 inputs lies at q + m / 16 * group_stride + m % 16 * row_stride + t * tile_stride, so
+// that the same code writes plain rows (VNNI) and A tiles of 16 rows x 64 bytes (AMX).
+struct Activations {
+  int8_t* q = nullptr;     // padded with zeros to whole tiles
+  float* scale = nullptr;  // [M, spans] max|x| / 127; NaN where the span holds a NaN or an infinity
+  int32_t* sum = nullptr;  // [M, spans] sum of q
+  int64_t group_stride = 0, row_stride = 0, tile_stride = 0;  // bytes
+
+  LOWBIT_INLINE int8_t* at(int64_t m, int64_t tile) const {
+    return q + m / 16 * group_stride + m % 16 * row_stride + tile * tile_stride;
+  }
+};
+
+// One call, as all its workers see it. Pointers are valid and sizes checked.
+struct Job {
+  Matrix w;
+  const float* x = nullptr;     // [M, K] fp32
+  int64_t x_stride = 0;         // floats between rows
+  const float* bias = nullptr;  // [N] or null
+  float* y = nullptr;           // [M, N] fp32
+  int64_t y_stride = 0;         // floats between rows
+  int64_t m = 0;
+  Activations act;                 // int8 kernels
+  const float* x_tiled = nullptr;  // exact kernels: x with rows padded to whole tiles
+  int64_t x_tiled_stride = 0;
+};
+
+struct Range {
+  int64_t begin, end;
+  LOWBIT_INLINE int64_t size() const { return end - begin; }
+};
+
+// Computes y[rows, 16 * blocks) of the job. scratch: kernel-specific, scratch_bytes() long, one per worker.
+using Kernel = void (*)(const Job&, Range blocks, Range rows, uint8_t* scratch);
+// Fills job.act for the rows.
+using Quantizer = void (*)(const Job&, Range rows);
+
+// A kernel that unpacks a panel of weights once and then serves all rows.
+struct Panel {
+  Kernel affine, lookup;                 // lookup: for tables that are not affine; null where none exist
+  int64_t (*scratch_bytes)(const Job&);  // per worker
+  int blocks;                            // of a panel
+  bool tiled;                            // wants activations in tile order
+};
+
+// The kernels of one instruction set and bit width.
+struct KernelSet {
+  Kernel small, small_lookup;  // weights unpacked in the inner loop: M = 1 and small M
+  Panel large;
+  Kernel exact;  // fp32 activations
+  Quantizer quantize;
+};
+
+enum class Compute { kInt8, kExact };
+
+// The driver: quantizes, splits the work over threads, and runs. x rows are contiguous; y is overwritten.
+void qlinear(Job job, Compute compute);
+
+}  // namespace lowbit

@@ -1,0 +1,112 @@
+// AVX-512 with VNNI: one zmm register holds a vector of 64 weights or 16 outputs. Meanings:
+// simd_scalar-inl.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd_common-inl.h"
+
+namespace lowbit {
+namespace {
+
+struct Avx512 {
+  using Bytes = __m512i;
+  using I32 = __m512i;
+  using F32 = __m512;
+  using X4 = __m512i;
+  using Lut = __m512i;
+  using Levels = __m512;
+
+  static constexpr int kAccumulators = 16;
+  static constexpr int kPanelRows = 6, kPanelBlocks = 4, kMaxRows = 8, kExactBlocks = 2;
+  static constexpr int blocks(int rows, int positions) {
+    return rows == 8 ? 2 : rows == 1 && positions == 8 ? 2 : 4;
+  }
+  static constexpr Operand operand(int bits, bool lookup) {
+    return lookup || bits == 8 ? Operand::kOffset : Operand::kCode;
+  }
+
+  static Bytes load(const uint8_t* p) { return _mm512_load_si512(p); }
+  static void store(uint8_t* p, Bytes x) { _mm512_store_si512(p, x); }
+
+  template <int kBits, int kRow>
+  static Bytes codes(Bytes x) {
+    const Bytes mask = _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1));
+    return _mm512_and_si512(kRow == 0 ? x : _mm512_srli_epi16(x, kRow * kBits), mask);
+  }
+  template <int kBits, int kRow>
+  static Bytes codes_in_place(Bytes x) {
+    return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(((1 << kBits) - 1) << (kRow * kBits))));
+  }
+  static Bytes operand8(Bytes x) { return x; }  // code = level + 128
+  static Lut load_lut(const int8_t* levels) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels));
+    return _mm512_xor_si512(_mm512_broadcast_i32x4(table), _mm512_set1_epi8(static_cast<char>(0x80)));
+  }
+  static Bytes lookup(Bytes codes, Lut lut) { return _mm512_shuffle_epi8(lut, codes); }
+
+  static X4 broadcast4(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+  }
+  template <Operand kOperand>
+  static I32 dot(I32 acc, Bytes w, X4 x) {
+    static_assert(kOperand != Operand::kLevel, "VPDPBUSD wants unsigned weights");
+    return _mm512_dpbusd_epi32(acc, w, x);
+  }
+
+  static I32 zero_i32() { return _mm512_setzero_si512(); }
+  static I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+  template <int kShift>
+  static I32 shift_right(I32 a) {
+    return _mm512_srai_epi32(a, kShift);
+  }
+  static I32 affine(I32 t, int32_t a, int32_t b) {
+    return _mm512_add_epi32(_mm512_mullo_epi32(t, _mm512_set1_epi32(a)), _mm512_set1_epi32(b));
+  }
+
+  static F32 zero_f32() { return _mm512_setzero_ps(); }
+  static F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a); }
+  static F32 set1(float x) { return _mm512_set1_ps(x); }
+  static F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+  static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+  static F32 fmadd(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+  static F32 load_f32(const float* p) { return _mm512_loadu_ps(p); }
+  static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+  static F32 load_f32(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
+  static F32 load_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store_f32(float* p, F32 x, int count) { _mm512_mask_storeu_ps(p, first(count), x); }
+
+  static Levels load_levels(const int8_t* levels) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels))));
+  }
+  // VPERMPS reads the low 4 bits of its index, so below 8 bits the code needs no mask: load_levels() was
+  // given the table repeated to 16 entries.
+  template <int kBits, int kShift>
+  static F32 level(Bytes x, Levels levels) {
+    if constexpr (kBits == 8) {
+      const __m512i flipped = _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(0x80)));
+      return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(flipped, 24 - kShift), 24));
+    } else {
+      return _mm512_permutexvar_ps(_mm512_srli_epi32(x, kShift), levels);
+    }
+  }
+
+  static I32 magnitude_max(I32 top, F32 x) {
+    return _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
+  }
+  static int32_t reduce_max(I32 a) { return _mm512_reduce_max_epi32(a); }
+  static int32_t reduce_add(I32 a) { return _mm512_reduce_add_epi32(a); }
+  static I32 round_store(F32 x, int8_t* out) {
+    const __m512i rounded = _mm512_cvtps_epi32(x);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(rounded));
+    return rounded;
+  }
+};
+
+}  // namespace
+}  // namespace lowbit
