@@ -19,12 +19,12 @@ import torch
 import lowbit
 from lowbit.checkpoint import Checkpoint
 from lowbit.errors import LowbitError
-from lowbit.files import read_json, write_json, write_text
+from lowbit.files import read_json, write_json
 from lowbit.nbest import read_nbest
 from lowbit.plan import Plan
 from lowbit.tools import cli
 from lowbit.tools.pipeline import Pipeline
-from lowbit.tools.results import markdown, picture
+from lowbit.tools.results import markdown, picture, replace_section
 from lowbit.tools.training.config import TrainConfig
 from lowbit.tools.training.data import corpus_file
 from lowbit.wer import bootstrap, mapsswe, score_corpus
@@ -41,15 +41,17 @@ DROPOUT_SCALE = 0.7  # of both trainings that start from the full-precision mode
 def parser() -> argparse.ArgumentParser:
     p = cli.parser(
         "reproduce",
-        "lowbit reproduce --data data/ptb --config ptb-small --out runs/ptb --docs docs/results\n"
-        "lowbit reproduce --data data/atis --config atis --out runs/atis --docs docs/results",
+        "lowbit reproduce --data data/ptb --config ptb-small --out runs/ptb --docs docs\n"
+        "lowbit reproduce --data data/atis --config atis --out runs/atis --docs docs",
         "DIR holds train and valid text, and may hold a test text and N-best lists dev.jsonl and test.jsonl.\n"
         "Every stage resumes; the same command goes on after an interruption.",
     )
     p.add_argument("--data", required=True, metavar="DIR")
     p.add_argument("--config", required=True, choices=sorted(MIXED_PLANS))
     p.add_argument("--out", required=True, metavar="DIR", help="models, logs and results")
-    p.add_argument("--docs", metavar="DIR", help="also write CONFIG.json, CONFIG.md and CONFIG.png here")
+    p.add_argument(
+        "--docs", metavar="DIR", help="also write results/CONFIG.json and .png here, and the table into RESULTS.md"
+    )
     p.add_argument("--skip-control", action="store_true", help="leave out the retrained full-precision model")
     p.add_argument("--restart", action="store_true", help="run every stage again")
     return p
@@ -174,14 +176,19 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
         "command": command, "config": args.config, "rows": rows, "machine": machine(),
         "commands": experiment.pipeline.commands(),
     }  # fmt: skip
-    targets = [Path(args.out) / "results"] + ([Path(args.docs) / args.config] if args.docs else [])
-    for target in targets:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target.with_suffix(".json"), cli.finite(result))
-        write_text(target.with_suffix(".md"), markdown(rows))
-        picture(rows, target.with_suffix(".png"))
+    _write(Path(args.out) / "results", result)
+    if args.docs:
+        (Path(args.docs) / "results").mkdir(parents=True, exist_ok=True)
+        _write(Path(args.docs) / "results" / args.config, result)
+        section = f"{markdown(rows)}\n![{args.config}](results/{args.config}.png)\n"
+        replace_section(Path(args.docs) / "RESULTS.md", args.config, section)
     cli.console(args).print(markdown(rows))
     return result
+
+
+def _write(target: Path, result: dict[str, Any]) -> None:
+    write_json(target.with_suffix(".json"), cli.finite(result))
+    picture(result["rows"], target.with_suffix(".png"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

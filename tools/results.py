@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lowbit.files import atomic_path
+from lowbit.errors import LowbitError
+from lowbit.files import atomic_path, read_lines, write_text
 from lowbit.tools import cli
 
 # (heading, key of a row, format); a column stands in the table if any row has its key.
@@ -54,6 +55,20 @@ def _test(row: dict[str, Any], key: str, name: str) -> str:
     p = t["mapsswe_p"]
     shown = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
     return f"{t['wer_difference']:+.2f} [{t['low']:+.2f}, {t['high']:+.2f}] against {name} (MAPSSWE {shown})"
+
+
+def replace_section(path: Path, name: str, text: str) -> None:
+    """Put ``text`` between the markers of section ``name`` in a Markdown file.
+
+    Raises:
+        LowbitError: the file has no such markers.
+    """
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    content = "\n".join(read_lines(path)) + "\n"
+    if begin not in content or end not in content:
+        raise LowbitError(f"{path}: no section between {begin} and {end}")
+    head, rest = content.split(begin, 1)
+    write_text(path, f"{head}{begin}\n{text}{end}{rest.split(end, 1)[1]}")
 
 
 def picture(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
