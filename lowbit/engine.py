@@ -249,6 +249,8 @@ class LanguageModel:
 
     def iter_rescored(self, nbest: Iterable[Any], lm_weight: float, length_bonus: float = 0.0) -> Iterator[Any]:
         """:meth:`rescore` as a stream that holds a few lists at a time."""
+        if not math.isfinite(lm_weight) or not math.isfinite(length_bonus):
+            raise LowbitError(f"rescore: weights {lm_weight} and {length_bonus} must be finite")
         source = iter(nbest)
         while batch := list(islice(source, _FOREST_LISTS)):
             scored = self.score_nbest([[h.text for h in u.hyps] for u in batch])

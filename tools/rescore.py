@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lowbit.tools import cli
@@ -57,7 +58,7 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Exactly one source of weights."""
+    """Exactly one source of weights, and folders that exist: found out before the work, not after it."""
     from lowbit.errors import LowbitError
 
     if args.tune and args.lm_weight is not None:
@@ -66,6 +67,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise LowbitError("give the weights once: --weights FILE, --lm-weight A, or --tune")
     if args.length_bonus is not None and args.lm_weight is None:
         raise LowbitError("--length-bonus goes with --lm-weight")
+    for path in (args.out, args.weights if args.tune else None):
+        if path and not Path(path).parent.is_dir():
+            raise LowbitError(f"{path}: cannot write: the folder {Path(path).parent} does not exist")
 
 
 def given_weights(args: argparse.Namespace) -> Any:
