@@ -221,13 +221,11 @@ def _matrix_header(name: str, value: Any, shape: tuple[int, int]) -> MatrixHeade
         raise FormatError(f"matrix {name!r}: needs bits and table, takes group and levels")
     bits, table_name = value["bits"], value["table"]
     try:
-        if table_name == "free":
-            table = free_table(value.get("levels"), bits)
-        else:
-            table = find_table(bits, table_name)
+        free = table_name == "free"
+        table = free_table(value.get("levels"), bits) if free else find_table(bits, table_name)
     except LowbitError as error:
         raise FormatError(f"matrix {name!r}: {shorten(str(error))}") from None
-    if table.name != table_name or ("levels" in value) != (table_name == "free"):
+    if table.name != table_name or ("levels" in value) != free:
         raise FormatError(f"matrix {name!r}: exactly a free table has levels, and its name is in full")
     group = value.get("group", shape[1])
     if "group" in value and (type(group) is not int or group % 64 or not 0 < group < shape[1]):
