@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +13,16 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from lowbit.config import ModelConfig
-from lowbit.container import PackedMatrix, PackedModel
+from lowbit.container import PackedMatrix, PackedModel, read_packed, write_packed
+from lowbit.container_checks import checksum, seal
+from lowbit.errors import FormatError
 from lowbit.quantize import quantize
 from lowbit.vocab import Vocab
 
 # The tests' tensors are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
 
+LENGTH = struct.Struct("<Q")  # of the header, in front of a safetensors file
 ROOT = Path(__file__).resolve().parents[1]
 
 # A deadline in milliseconds would fail on a busy machine, not on a defect; the same examples in every run, so
@@ -59,9 +64,7 @@ def make_packed(config: ModelConfig, seed: int = 0) -> PackedModel:
     matrices = {}
     for i, (name, shape) in enumerate(config.matrix_shapes().items()):
         bits, table, group = kinds[i % len(kinds)]
-        matrices[name] = PackedMatrix.from_quant_tensor(
-            quantize(torch.randn(shape, generator=gen), bits, table, group)
-        )
+        matrices[name] = PackedMatrix.from_quant_tensor(quantize(torch.randn(shape, generator=gen), bits, table, group))
     shapes = config.vector_shapes().items()
     vectors = {name: torch.randn(shape, generator=gen).half().float() for name, shape in shapes}
     fp32_nbytes = 4 * config.n_parameters() + 1000
@@ -77,3 +80,69 @@ def packed_model(small_config: ModelConfig) -> PackedModel:
 def pack_random() -> Callable[[ModelConfig], PackedModel]:
     """Builds a packed model of any configuration with random weights."""
     return make_packed
+
+
+class Forge:
+    """A packed file taken apart, to be put together with a lie in it and every checksum right."""
+
+    def __init__(self, data: bytes):
+        (length,) = LENGTH.unpack(data[:8])
+        header = json.loads(data[8 : 8 + length])
+        self.metadata = json.loads(header.pop("__metadata__")["lowbit"])
+        self.metadata.pop("checksum")
+        self.tensors = {
+            name: [t["dtype"], t["shape"], bytearray(data[8 + length :][slice(*t["data_offsets"])])]
+            for name, t in header.items()
+        }
+        # A tensor that the attacks move needs another in front of it.
+        self.tensors["embed.scale"] = self.tensors.pop("embed.scale")
+        self.tensors["vocab"] = self.tensors.pop("vocab")
+
+    def header(self) -> dict:
+        """The header of the tensors as they are now; their checksums enter the metadata."""
+        entries, end = {}, 0
+        for name, (dtype, shape, data) in self.tensors.items():
+            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(data)]}
+            end += len(data)
+            if isinstance(self.metadata.get("xxh3"), dict) and name in self.metadata["xxh3"]:
+                self.metadata["xxh3"][name] = checksum(data)
+        return {"__metadata__": {"lowbit": seal(self.metadata)}, **entries}
+
+    def build(self, header: dict | bytes | None = None) -> bytes:
+        raw = header if isinstance(header, bytes) else json.dumps(header or self.header()).encode()
+        return LENGTH.pack(len(raw)) + raw + b"".join(bytes(data) for _, _, data in self.tensors.values())
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory) -> bytes:
+    """A small valid packed file."""
+    config = ModelConfig(vocab_size=7, d_model=12, n_layers=1, n_heads=2, d_ffn=68, max_len=4, position="learned")
+    path = tmp_path_factory.mktemp("good") / "m.lowbit"
+    write_packed(path, make_packed(config))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def forge(good) -> Forge:
+    return Forge(good)
+
+
+@pytest.fixture(scope="session")
+def packed_path(tmp_path_factory) -> Path:
+    """Where attacks write their files."""
+    return tmp_path_factory.mktemp("bad") / "m.lowbit"
+
+
+@pytest.fixture(scope="session")
+def reject(packed_path) -> Callable[..., str]:
+    """Asserts that a file of these bytes is refused with one short line, which must match ``reason``."""
+
+    def check(data: bytes, reason: str | None = None) -> str:
+        packed_path.write_bytes(data)
+        with pytest.raises(FormatError, match=reason) as error:
+            read_packed(packed_path)
+        message = str(error.value)
+        assert message.startswith(f"{packed_path}: ") and "\n" not in message and len(message) < 1000
+        return message
+
+    return check

@@ -90,9 +90,7 @@ def parser(stage: str, example: str, detail: str = "") -> argparse.ArgumentParse
 
 def add_common(p: argparse.ArgumentParser) -> None:
     """Add the options that every stage has."""
-    p.add_argument(
-        "--json", action="store_true", help="print the result as JSON on stdout, all else on stderr"
-    )
+    p.add_argument("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
 
 
 def run(p: argparse.ArgumentParser, body: Body, argv: Sequence[str] | None) -> int:
@@ -169,7 +167,7 @@ def format_bytes(n: float) -> str:
 
 def format_seconds(seconds: float) -> str:
     """'7.3 s', '2:05' (minutes) or '1:02:05' (hours)."""
-    if seconds < 60:
+    if seconds < 59.95:  # what %.1f still prints as 59.9
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
