@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,28 @@ class Pipeline:
         Raises:
             LowbitError: the stage's own.
         """
-        record = {"command": f"lowbit {stage} {' '.join(argv)}", "inputs": {i: file_hash(i) for i in inputs}}
+        command = f"lowbit {stage} {' '.join(argv)}"
+        arguments = [*argv, "--restart"] if self.restart and stage in ("train", "admm") else list(argv)
+
+        def work() -> dict[str, Any]:
+            module = importlib.import_module(f"lowbit.tools.{stage}")
+            with contextlib.redirect_stdout(sys.stderr):
+                return module.body(module.parser().parse_args(arguments)) or {}
+
+        return self.once(key, command, work, inputs, outputs)
+
+    def once(
+        self, key: str, command: str, work: Callable[[], dict[str, Any]], inputs: Sequence[str], outputs: Sequence[str]
+    ) -> Any:
+        """Call ``work`` unless it is done; returns its result. ``command`` says what it does; see :meth:`run`."""
+        record = {"command": command, "inputs": {i: file_hash(i) for i in inputs}}
         result_file = self.out / f"{key}.json"
         done = self.stages.get(key) == record and result_file.is_file() and all(Path(o).is_file() for o in outputs)
         if done:
             return read_json(result_file)
-        print(f"[{key}] {record['command']}", file=sys.stderr, flush=True)
-        module = importlib.import_module(f"lowbit.tools.{stage}")
-        arguments = [*argv, "--restart"] if self.restart and stage in ("train", "admm") else list(argv)
+        print(f"[{key}] {command}", file=sys.stderr, flush=True)
         started = time.perf_counter()
-        with contextlib.redirect_stdout(sys.stderr):
-            result = cli.finite(module.body(module.parser().parse_args(arguments)) or {})
+        result = cli.finite(work())
         result["stage_seconds"] = round(time.perf_counter() - started, 2)
         write_json(result_file, result)
         self.stages[key] = record

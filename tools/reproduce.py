@@ -154,7 +154,7 @@ def sizes(model: str) -> dict[str, Any]:
         from lowbit.tools.show import describe
 
         shown = describe(read_header(model))
-        return {"bytes": shown["bytes"], "ratio": shown["ratio"], "mean_bits": shown["mean_bits"]}
+        return {"bytes": shown["nbytes"], "ratio": shown["ratio"], "mean_bits": shown["mean_bits"]}
     return {"bytes": Checkpoint.load(model).fp32_nbytes, "ratio": 1.0, "mean_bits": 32.0}
 
 
