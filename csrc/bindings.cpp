@@ -95,6 +95,7 @@ PYBIND11_MODULE(_C, m) {
       "fp32 rows of W");
 
   m.def("isa", [] { return std::string(isa_name(selected_isa())); });
+  m.def("set_isa", &set_isa);
   m.def("available_isas", &available_isas);
   m.def("kernel_name", [](int bits, int64_t rows, bool exact) {
     return kernel_name(selected_isa(), bits, rows, exact ? Compute::kExact : Compute::kInt8);

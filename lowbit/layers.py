@@ -33,7 +33,8 @@ class QuantLinear(torch.nn.Module):
         return linear(x, self.packed, self.bias, self.compute)
 
     def extra_repr(self) -> str:
-        return f"{_describe(self.packed)}, bias={self.bias is not None}, kernel={self.packed.kernel_name(1, self.compute)!r}"
+        kernel = self.packed.kernel_name(1, self.compute)
+        return f"{_describe(self.packed)}, bias={self.bias is not None}, kernel={kernel!r}"
 
 
 class QuantEmbedding(torch.nn.Module):

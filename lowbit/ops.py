@@ -41,6 +41,18 @@ def isa() -> str:
         raise LowbitError(str(error)) from None
 
 
+def set_isa(name: str | None) -> None:
+    """Force an instruction set for this process, as LOWBIT_ISA does (tests, benchmarks); None undoes it.
+
+    Raises:
+        LowbitError: one that is unknown or that this machine lacks.
+    """
+    try:
+        _C.set_isa(name or "")
+    except RuntimeError as error:
+        raise LowbitError(str(error)) from None
+
+
 def available_isas() -> list[str]:
     """The instruction sets that LOWBIT_ISA may name on this machine."""
     return _C.available_isas()

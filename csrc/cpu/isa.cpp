@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
@@ -94,9 +95,20 @@ std::string join(const std::vector<std::string>& names) {
   return text;
 }
 
+Isa parse(const std::string& what, const std::string& name) {
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (name != kNames[i]) continue;
+    if (isa_available(static_cast<Isa>(i))) return static_cast<Isa>(i);
+    throw std::runtime_error(what + ": this machine lacks it; it has " + join(available_isas()));
+  }
+  throw std::runtime_error(what + " is unknown; this machine has " + join(available_isas()));
+}
+
+std::atomic<int> g_selected{-1};
+
 Isa choose() {
   const char* forced = std::getenv("LOWBIT_ISA");
-  if (forced != nullptr && *forced != '\0') return require_isa(forced);
+  if (forced != nullptr && *forced != '\0') return parse(std::string("LOWBIT_ISA=") + forced, forced);
   for (int i = kIsaCount - 1; i > 0; --i) {
     if (isa_available(static_cast<Isa>(i))) return static_cast<Isa>(i);
   }
@@ -124,19 +136,14 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
-Isa require_isa(const std::string& name) {
-  for (int i = 0; i < kIsaCount; ++i) {
-    if (name != kNames[i]) continue;
-    if (isa_available(static_cast<Isa>(i))) return static_cast<Isa>(i);
-    throw std::runtime_error("LOWBIT_ISA=" + name + ": this machine lacks it; it has " +
-                             join(available_isas()));
-  }
-  throw std::runtime_error("LOWBIT_ISA=" + name + " is unknown; this machine has " + join(available_isas()));
+Isa selected_isa() {
+  int isa = g_selected.load(std::memory_order_relaxed);
+  if (isa < 0) g_selected = isa = static_cast<int>(choose());
+  return static_cast<Isa>(isa);
 }
 
-Isa selected_isa() {
-  static const Isa isa = choose();
-  return isa;
+void set_isa(const std::string& name) {
+  g_selected = static_cast<int>(name.empty() ? choose() : parse("isa " + name, name));
 }
 
 }  // namespace lowbit

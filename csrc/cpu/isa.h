@@ -16,11 +16,12 @@ bool isa_available(Isa isa);
 
 std::vector<std::string> available_isas();
 
-// The instruction set in use: LOWBIT_ISA, or the best available. Resolved once a process.
+// The instruction set in use: what set_isa() chose, else LOWBIT_ISA, else the best available.
 // Throws std::runtime_error if LOWBIT_ISA names one that is unknown or absent.
 Isa selected_isa();
 
-// Parses a name; the same errors as selected_isa().
-Isa require_isa(const std::string& name);
+// Changes it for the whole process (tests and benchmarks compare instruction sets in one run); an empty name
+// goes back to LOWBIT_ISA. Throws like selected_isa().
+void set_isa(const std::string& name);
 
 }  // namespace lowbit
