@@ -52,7 +52,13 @@ def test_rows_come_back_exactly(bits, table, group):
 
 @pytest.mark.parametrize(
     "k, group, span",
-    [(100, 100, 100), (65536, 65536, 65536), (65537, 65537, 65536), (1 << 18, 1 << 17, 65536), (9000 * 64, 64 * 1500, 64 * 750)],
+    [
+        (100, 100, 100),
+        (65536, 65536, 65536),
+        (65537, 65537, 65536),
+        (1 << 18, 1 << 17, 65536),
+        (9000 * 64, 64 * 1500, 64 * 750),
+    ],
 )
 def test_a_span_never_exceeds_what_int32_holds(k, group, span):
     assert _C.span_of(k, group) == span <= 65536
