@@ -21,15 +21,21 @@ BUILD_TOOLS = ("pip>=23.1", "setuptools>=77", "pybind11", "cmake", "ninja")
 EXTRAS = "dev,plot"
 PACKAGE_SOURCES = ("pyproject.toml", "constraints.txt")
 EXTENSION_SOURCES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "csrc")
-PROGRAM = "#include <omp.h>\n#include <optional>\nint main() { return std::optional<int>(omp_get_max_threads()).value() < 1; }\n"
+VERSION = sys.version.split()[0]
+PROGRAM = """#include <omp.h>
+#include <optional>
+int main() { return std::optional<int>(omp_get_max_threads()).value() < 1; }
+"""
 
 
 def missing():
     """What this machine lacks: (what, Debian's package, Fedora's package) of each."""
     found = []
-    dotted = "python%d.%d" % sys.version_info[:2] if sys.executable.startswith("/usr/bin/") else "python3"
+    dotted = (
+        f"python{sys.version_info[0]}.{sys.version_info[1]}" if sys.executable.startswith("/usr/bin/") else "python3"
+    )
     if sys.version_info < OLDEST:
-        wanted = "Python %d.%d or newer (%s is %s)" % (OLDEST + (sys.executable, sys.version.split()[0]))
+        wanted = f"Python {OLDEST[0]}.{OLDEST[1]} or newer ({sys.executable} is {VERSION})"
         return [(wanted, "python3 python3-venv python3-dev", "python3-devel")]
     try:
         import ensurepip  # noqa: F401
@@ -43,7 +49,7 @@ def missing():
     if compiler is None:
         found.append(("a C++17 compiler", "g++", "gcc-c++"))
     elif reason:
-        found.append(("a C++17 compiler with OpenMP (%s: %s)" % (compiler, reason), "g++", "gcc-c++"))
+        found.append((f"a C++17 compiler with OpenMP ({compiler}: {reason})", "g++", "gcc-c++"))
     return found
 
 
@@ -82,7 +88,7 @@ def step(text, *command):
     if subprocess.call(command, cwd=ROOT):
         stop("failed: " + " ".join(command))
     if time.time() - started > 5:
-        print("setup:   done in %.0f s" % (time.time() - started), flush=True)
+        print(f"setup:   done in {time.time() - started:.0f} s", flush=True)
 
 
 def stop(reason):
@@ -113,22 +119,27 @@ def version_of(venv):
     return fields.get("version", "unknown")
 
 
+def stop_lacking(lacking):
+    """Name what is missing and the commands that install it."""
+    lines = [f"this machine lacks {what}" for what, _, _ in lacking]
+    for manager, column in (("apt", 1), ("dnf", 2)):
+        packages = " ".join(dict.fromkeys(" ".join(row[column] for row in lacking).split()))
+        lines.append(f"install with: sudo {manager} install {packages}")
+    stop("\nsetup: ".join(lines))
+
+
 def prepare(venv, chosen):
     """Make the environment, or make it anew where another interpreter was asked for."""
     python = os.path.join(venv, "bin", "python")
-    if os.path.exists(python) and chosen and version_of(venv) != sys.version.split()[0]:
-        print("setup: %s has Python %s, not %s: making it anew" % (venv, version_of(venv), sys.version.split()[0]))
+    if os.path.exists(python) and chosen and version_of(venv) != VERSION:
+        print(f"setup: {venv} has Python {version_of(venv)}, not {VERSION}: making it anew", flush=True)
         shutil.rmtree(venv)
     if os.path.exists(python) and subprocess.call([python, "-m", "pip", "--version"], stdout=subprocess.DEVNULL) == 0:
         return python
     lacking = missing()
     if lacking:
-        lines = ["this machine lacks %s" % what for what, _, _ in lacking]
-        for manager, column in (("apt", 1), ("dnf", 2)):
-            packages = " ".join(dict.fromkeys(" ".join(row[column] for row in lacking).split()))
-            lines.append("install with: sudo %s install %s" % (manager, packages))
-        stop("\nsetup: ".join(lines))
-    step("virtual environment %s, Python %s" % (venv, sys.version.split()[0]), sys.executable, "-m", "venv", "--clear", venv)
+        stop_lacking(lacking)
+    step(f"virtual environment {venv}, Python {VERSION}", sys.executable, "-m", "venv", "--clear", venv)
     return python
 
 
@@ -138,7 +149,8 @@ def main():
     parser.add_argument("--chosen", action="store_true", help="this interpreter was asked for: another one will not do")
     args = parser.parse_args()
     if sys.version_info < OLDEST:
-        stop("this machine lacks %s\nsetup: install with: sudo apt install %s (Fedora: sudo dnf install %s)" % missing()[0])
+        print("setup: another interpreter is chosen with: PYTHON=python3.12 make", file=sys.stderr)
+        stop_lacking(missing())
     venv = os.path.join(ROOT, args.venv)
     python = prepare(venv, args.chosen)
     packages = Stamp(venv, "packages", digest(PACKAGE_SOURCES, EXTRAS))
@@ -148,7 +160,7 @@ def main():
     if not packages.fresh():
         step("build tools: setuptools, pybind11, cmake, ninja", *pip, *BUILD_TOOLS)
         step("packages of constraints.txt (PyTorch is the large one), extension compiled with CMake",
-             *pip, "--no-build-isolation", "-e", ".[%s]" % EXTRAS)  # fmt: skip
+             *pip, "--no-build-isolation", "-e", f".[{EXTRAS}]")  # fmt: skip
         packages.write()
         extension.write()
     elif not extension.fresh() or not any(n.startswith("_C.") for n in os.listdir(os.path.join(ROOT, "lowbit"))):

@@ -33,6 +33,7 @@ from lowbit.wer import bootstrap, mapsswe, score_corpus
 # the small PTB model, and 5 % of the ATIS one.
 MIXED_PLANS = {
     "ptb-small": [("embed", 2), ("*.attn.[qk]", 1), ("*.attn.[vo]", 4), ("*.mlp.*", 2)],
+    "demo": [("embed", 2), ("*.attn.[qk]", 1), ("*.attn.[vo]", 4), ("*.mlp.*", 2)],
     "atis": [("embed", 4), ("*.attn.[qk]", 1), ("*.attn.[vo]", 2), ("*.mlp.*", 2)],
 }
 DROPOUT_SCALE = 0.7  # of both trainings that start from the full-precision model
