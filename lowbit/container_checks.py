@@ -30,6 +30,10 @@ def check_codes(name: str, packed: torch.Tensor, table: Table, k: int) -> None:
         return
     if not bitpack.pad_bits_are_zero(packed, table.bits, k):
         raise FormatError(f"tensor {name!r}: pad bits at the end of a row are not zero")
+    if len(table.levels) < 2**table.bits:
+        largest = int(bitpack.unpack_codes(packed, table.bits, k).max())
+        if largest >= len(table.levels):
+            raise FormatError(f"tensor {name!r}: code {largest} lies outside table {table.name!r}")
     if table.name == "int8" and not bool(packed.all()):
         raise FormatError(f"tensor {name!r}: code 0 lies outside table 'int8' (levels -127 to 127)")
 

@@ -109,7 +109,7 @@ def test_vectors(forge, reject, value):
 
 
 # The fixture's matrices (12 columns): embed binary (4 pad bits), attn.q ternary (2 of 5 digits used in the last byte),
-# attn.v midrise4 (no padding), attn.o int8.
+# attn.o int8, mlp.fc2 pow2_4 (code 15 unused).
 @pytest.mark.parametrize(
     ("name", "byte", "value", "reason"),
     [
@@ -119,6 +119,7 @@ def test_vectors(forge, reject, value):
         ("layers.0.attn.q.codes", 1, 255, "byte 255 does not hold five ternary codes"),
         ("layers.0.attn.q.codes", 2, 9, "pad codes"),
         ("layers.0.attn.o.codes", 5, 0, "code 0 lies outside table 'int8'"),
+        ("layers.0.mlp.fc2.codes", 3, 0xF0, "code 15 lies outside table 'pow2_4'"),
     ],
 )
 def test_codes(forge, reject, name, byte, value, reason):

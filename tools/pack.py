@@ -183,9 +183,11 @@ def summary(path: PathLike, model: PackedModel, checkpoint: Checkpoint) -> dict[
         }
         for (bits, table, group), (count, weights, nbytes, error, norm) in sorted(kinds.items())
     ]  # fmt: skip
+    rounding = [float((v - v.half().float()).abs().max()) for v in model.vectors.values()]
     return {
         "out": str(path), "method": model.info["method"], "nbytes": header.file_nbytes,
-        "fp32_nbytes": header.fp32_nbytes, "ratio": header.ratio, "mean_bits": header.mean_bits, "kinds": rows,
+        "fp32_nbytes": header.fp32_nbytes, "ratio": header.ratio, "mean_bits": header.mean_bits,
+        "fp16_vector_error": max(rounding), "kinds": rows,
     }  # fmt: skip
 
 
@@ -201,8 +203,13 @@ def _print(console: Any, path: str, result: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"{cli.format_bytes(result['fp32_nbytes'])} fp32 -> {cli.format_bytes(result['nbytes'])}, every byte counted:"
-        f" {result['ratio']:.2f} times smaller, {result['mean_bits']:.3f} bits a weight before scales"
+        f" {result['ratio']:.2f} times smaller, {result['mean_bits']:.3f} bits a weight before scales;"
+        f" biases and norms as fp16 {_vector_text(result['fp16_vector_error'])}"
     )
+
+
+def _vector_text(error: float) -> str:
+    return f"change by {error:.1g} at most" if error else "are exact"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
