@@ -22,6 +22,7 @@ METADATA_KEY = "lowbit"
 VOCAB = "vocab"
 _ITEM_BYTES = {"U8": 1, "F16": 2}
 _MAX_HEADER = 2**24  # bytes; a model of 1,024 layers, the most ModelConfig allows, needs about a third of it
+_MAX_POSITION_VALUES = 2**26  # of a computed position table, the one thing a model allocates beside its tensors
 _MAX_BRACKETS = 2**18  # opening brackets in the header: bounds the objects that parsing may create
 _FIELD_TYPES = {
     "version": int, "config": dict, "vocab_sha256": str, "matrices": dict, "xxh3": dict, "fp32_nbytes": int,
@@ -120,6 +121,8 @@ def parse_header(stream: BinaryIO, file_nbytes: int) -> Header:
         config = ModelConfig.from_dict(metadata["config"])
     except LowbitError as error:
         raise FormatError(shorten(str(error))) from None
+    if config.position == "sinusoidal" and config.max_len * config.d_model > _MAX_POSITION_VALUES:
+        raise FormatError(f"model config: positions of {config.max_len} x {config.d_model} values are too many")
     shapes = config.matrix_shapes()
     _same_names(shapes, metadata["matrices"], "matrix")
     matrices = {m: _matrix_header(m, metadata["matrices"][m], shape) for m, shape in shapes.items()}
@@ -234,9 +237,7 @@ def _matrix_header(name: str, value: Any, shape: tuple[int, int]) -> MatrixHeade
     return MatrixHeader(table, group, shape)
 
 
-def _check_entries(
-    entries: dict[str, TensorEntry], expected: dict[str, tuple[str, tuple[int, ...] | None]]
-) -> None:
+def _check_entries(entries: dict[str, TensorEntry], expected: dict[str, tuple[str, tuple[int, ...] | None]]) -> None:
     _same_names(expected, entries, "tensor")
     for name, (dtype, shape) in expected.items():
         entry = entries[name]

@@ -37,6 +37,7 @@ METADATA = {
     "a huge width": (_config(d_model=65536, n_heads=1), "embed"),
     "a huge FFN": (_config(d_ffn=2**20), "mlp.fc1.codes"),
     "huge positions": (_config(max_len=2**20), "'pos.weight'"),
+    "huge computed positions": (_config(position="sinusoidal", max_len=2**20, d_model=2048), "positions of 1048576"),
     "untied": (_config(tied=False), "'head' is missing"),
     "norm_eps infinite": (_config(norm_eps=1e308), "norm_eps"),
     "matrix missing": (lambda m: m["matrices"].pop("embed"), "matrix 'embed' is missing"),
