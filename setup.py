@@ -54,9 +54,9 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["lowbit", "lowbit.kernels", "lowbit.tools"],
+    packages=["lowbit", "lowbit.kernels", "lowbit.tools", "lowbit.tools.demo_parts", "lowbit.tools.training"],
     package_dir={"lowbit": "lowbit", "lowbit.kernels": "kernels", "lowbit.tools": "tools"},
-    package_data={"lowbit.tools": ["*.json"]},
+    package_data={"lowbit.tools": ["configs/*.json"]},
     ext_modules=[Extension("lowbit._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

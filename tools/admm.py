@@ -19,10 +19,10 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.plan import Plan
 from lowbit.tools import cli
-from lowbit.tools.train import Corpora, add_run_options, prepare_run
 from lowbit.tools.training.admm import Admm, AdmmOptions
 from lowbit.tools.training.config import TrainConfig
 from lowbit.tools.training.loop import Stepper
+from lowbit.tools.training.start import Corpora, add_run_options, prepare_run
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,35 +18,10 @@ from lowbit.errors import LowbitError
 from lowbit.model import TransformerLM
 from lowbit.tools import cli
 from lowbit.tools.training.config import TrainConfig
-from lowbit.tools.training.data import Batches, Sentences, TokenStream, has_unk, read_corpus
-from lowbit.tools.training.loop import Epochs, Resume, Stepper, has_fast_bf16, learning_rate, pick_device
-from lowbit.tools.training.parallel import Parallel
-from lowbit.vocab import Vocab
+from lowbit.tools.training.loop import Epochs, Resume, Stepper, learning_rate
+from lowbit.tools.training.start import Corpora, add_run_options, prepare_run
 
 PLATEAU_FACTOR = 0.25
-
-
-@dataclass
-class Corpora:
-    """Training and validation text as batches, and the vocabulary that encodes them."""
-
-    vocab: Vocab
-    train: Batches
-    valid: Batches
-
-    @classmethod
-    def read(cls, folder: str, config: TrainConfig, vocab: Vocab | None = None) -> Corpora:
-        """Read ``folder``'s train and valid text; build the vocabulary from the former unless one is given."""
-        text = {split: read_corpus(folder, split) for split in ("train", "valid")}
-        vocab = vocab or Vocab.build(text["train"], config.min_count, config.max_vocab)
-        source = TokenStream if config.mode == "stream" else Sentences
-        rare = 0.0 if has_unk(text["train"]) else config.rare_to_unk
-        streams = {split: source(lines, vocab, config.seq_len) for split, lines in text.items()}
-        return cls(
-            vocab,
-            Batches(streams["train"], config.batch_size, rare, config.seed),
-            Batches(streams["valid"], config.batch_size, seed=config.seed),
-        )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,35 +42,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--init", metavar="FILE", help="start from this full-precision checkpoint's weights and vocabulary")
     add_run_options(p)
     return p
-
-
-def add_run_options(p: argparse.ArgumentParser) -> None:
-    """Options of every training stage."""
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the matrix products")
-    p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    p.add_argument("--restart", action="store_true", help="start anew, dropping an interrupted run's state")
-
-
-def prepare_run(args: argparse.Namespace, seed: int) -> tuple[torch.device, str, Parallel]:
-    """Device, precision and place among processes; says aloud what runs. Checks ``--out`` before hours of work."""
-    if not Path(args.out).resolve().parent.is_dir():
-        raise LowbitError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = pick_device(args.device)
-    precision = args.precision
-    if precision == "auto":
-        precision = "bf16" if has_fast_bf16(device) else "fp32"
-    parallel = Parallel(device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    torch.manual_seed(seed)
-    if parallel.is_main:
-        threads = f"{torch.get_num_threads()} threads x {parallel.world} processes"
-        print(f"{args.stage}: {device}, {precision}, {threads}", file=sys.stderr)
-    return device, precision, parallel
 
 
 def body(args: argparse.Namespace) -> dict[str, Any]:

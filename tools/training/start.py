@@ -1,0 +1,70 @@
+"""How every training stage starts: its options, device, precision, processes, and the corpora."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit.tools.training.config import TrainConfig
+from lowbit.tools.training.data import Batches, Sentences, TokenStream, has_unk, read_corpus
+from lowbit.tools.training.loop import has_fast_bf16, pick_device
+from lowbit.tools.training.parallel import Parallel
+from lowbit.vocab import Vocab
+
+
+@dataclass
+class Corpora:
+    """Training and validation text as batches, and the vocabulary that encodes them."""
+
+    vocab: Vocab
+    train: Batches
+    valid: Batches
+
+    @classmethod
+    def read(cls, folder: str, config: TrainConfig, vocab: Vocab | None = None) -> Corpora:
+        """Read ``folder``'s train and valid text; build the vocabulary from the former unless one is given."""
+        text = {split: read_corpus(folder, split) for split in ("train", "valid")}
+        vocab = vocab or Vocab.build(text["train"], config.min_count, config.max_vocab)
+        source = TokenStream if config.mode == "stream" else Sentences
+        rare = 0.0 if has_unk(text["train"]) else config.rare_to_unk
+        streams = {split: source(lines, vocab, config.seq_len) for split, lines in text.items()}
+        return cls(
+            vocab,
+            Batches(streams["train"], config.batch_size, rare, config.seed),
+            Batches(streams["valid"], config.batch_size, seed=config.seed),
+        )
+
+
+def add_run_options(p: argparse.ArgumentParser) -> None:
+    """Options of every training stage."""
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the matrix products")
+    p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--restart", action="store_true", help="start anew, dropping an interrupted run's state")
+
+
+def prepare_run(args: argparse.Namespace, seed: int) -> tuple[torch.device, str, Parallel]:
+    """Device, precision and place among processes; says aloud what runs. Checks ``--out`` before hours of work."""
+    if not Path(args.out).resolve().parent.is_dir():
+        raise LowbitError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
+    precision = args.precision
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(device) else "fp32"
+    parallel = Parallel(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    torch.manual_seed(seed)
+    if parallel.is_main:
+        threads = f"{torch.get_num_threads()} threads x {parallel.world} processes"
+        print(f"{args.stage}: {device}, {precision}, {threads}", file=sys.stderr)
+    return device, precision, parallel
