@@ -55,7 +55,7 @@ def random_weight(n: int, k: int, bits: int, table, group=None, seed: int = 0) -
 
 def integer_model(x: torch.Tensor, q: QuantTensor, bias: torch.Tensor):
     """What int8 must give, in fp64; the sum of magnitudes; and sx / 2 * sum |w|."""
-    x32, (n, k) = x.numpy(), q.shape
+    x32, k = x.numpy(), q.shape[1]
     level = q.table.numpy()[q.codes.numpy()].astype(np.int64)
     y = np.tile(bias.numpy().astype(np.float64), (len(x32), 1))
     size, moved = np.abs(y), np.zeros_like(y)

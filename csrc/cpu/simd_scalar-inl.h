@@ -23,7 +23,7 @@ struct Scalar {
   };
   struct X4 {
     int8_t v[4];
-  };                   // 4 consecutive activations, meant for all outputs
+  };  // 4 consecutive activations, meant for all outputs
   using Lut = Bytes;   // 16 levels, in whatever form lookup() likes
   using Levels = F32;  // 16 levels as floats
 
