@@ -127,7 +127,7 @@ class TorchBackend:
             cache = [(kv[0], kv[1]) for kv in joined]
             mask = torch.ones(1, new, before + new, dtype=torch.bool, device=self.device).tril(before)
         hidden, kv = self.model.hidden(self._to_device(row[None]), positions, mask, cache)
-        return Block(new, (torch.stack([torch.stack(pair) for pair in kv]), hidden[0, -1]))
+        return Block(new, (torch.stack([torch.stack(pair) for pair in kv]), hidden[0, -1].clone()))
 
     @torch.inference_mode()
     def next_log_probs(self, block: Block) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -18,11 +18,11 @@ from lowbit.errors import LowbitError
 from lowbit.files import PathLike
 from lowbit.forest import Chain, chains, check_stride, tries, windows
 from lowbit.loading import load_model
-from lowbit.state import Decoder, State
+from lowbit.state import Decoder, State, sample
 from lowbit.vocab import EOS, EOS_ID, Vocab
 
 # Input tokens of one forest, and utterances whose lists become one: bounds memory, whatever the length of the input.
-_FOREST_TOKENS = 2**16
+_FOREST_TOKENS = 2**14
 _FOREST_LISTS = 64
 
 
@@ -90,10 +90,8 @@ def load(path: PathLike, device: str = "cpu", compute: str = "int8", threads: in
         LowbitError, FormatError: see :func:`lowbit.loading.load_model`; never a silent fallback.
     """
     if threads is not None:
-        if not isinstance(threads, int) or threads < 1:
-            raise LowbitError(f"threads must be a positive integer, not {threads!r}")
-        torch.set_num_threads(threads)
         ops.set_threads(threads)
+        torch.set_num_threads(threads)
     loaded = load_model(path, device, compute)
     return LanguageModel(TorchBackend(loaded.model, device), loaded.model.config, loaded.vocab, loaded.description)
 
@@ -155,12 +153,19 @@ class LanguageModel:
         """Perplexity of a text: see :meth:`evaluate`."""
         return self.evaluate(lines, mode, stride).ppl
 
-    def evaluate(self, lines: Iterable[str], mode: str = "stream", stride: int | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        lines: Iterable[str],
+        mode: str = "stream",
+        stride: int | None = None,
+        progress: Callable[[int], None] = lambda tokens: None,
+    ) -> Evaluation:
         """Perplexity with its parts. Blank lines are dropped, as they are in training.
 
         Args:
             mode: "stream": all lines joined by ``</s>``, read with a sliding context; "sentence": each line by itself.
             stride: of the sliding context; half of the model's context by default.
+            progress: called with the number of tokens that were just scored.
 
         Raises:
             LowbitError: no text, an unknown mode, or a stride outside the model's context.
@@ -181,9 +186,10 @@ class LanguageModel:
         n_lines = len(rows)
         if mode == "stream":
             rows = [np.concatenate([[EOS_ID], *(row[1:] for row in rows)])]
-        token_nll = -self._chain_log_probs(rows, stride)
+        token_nll = -self._chain_log_probs(rows, stride, progress)
         nll = float(token_nll.sum(dtype=np.float64))
-        ppl = math.exp(nll / len(token_nll))
+        with np.errstate(over="ignore"):
+            ppl = float(np.exp(nll / len(token_nll)))
         return Evaluation(mode, ppl, nll, len(token_nll), n_oov, n_lines, stride, self.config.max_len, token_nll)
 
     def generate(
@@ -211,7 +217,7 @@ class LanguageModel:
         ids, _ = self.vocab.encode(prompt)
         state, words = self._decoder.begin(ids), prompt.split()
         for _ in range(max_new_tokens):
-            token = _sample(self._decoder.log_probs(state), temperature, top_k, rng)
+            token = sample(self._decoder.log_probs(state), temperature, top_k, rng)
             if token == EOS_ID:
                 break
             words.append(self.vocab.tokens[token])
@@ -269,9 +275,16 @@ class LanguageModel:
         check_stride(stride, self.config.max_len)
         return stride
 
-    def _chain_log_probs(self, rows: Sequence[Sequence[int]], stride: int) -> np.ndarray:
+    def _chain_log_probs(
+        self, rows: Sequence[Sequence[int]], stride: int, progress: Callable[[int], None] = lambda tokens: None
+    ) -> np.ndarray:
         """fp32: log P of every token but the first of every row, row after row."""
         out: list[np.ndarray] = []
+
+        def run(batch: list[Chain]) -> None:
+            out.append(self.backend.log_probs(chains(batch)))
+            progress(len(out[-1]))
+
         batch: list[Chain] = []
         size = 0
         for row in rows:
@@ -279,9 +292,9 @@ class LanguageModel:
                 batch.append(chain)
                 size += len(chain.inputs)
                 if size >= _FOREST_TOKENS:
-                    out.append(self.backend.log_probs(chains(batch)))
+                    run(batch)
                     batch, size = [], 0
-        out.append(self.backend.log_probs(chains(batch)))
+        run(batch)
         return np.concatenate(out)
 
 
@@ -295,14 +308,3 @@ def first_pass_scores(utterance: Any) -> np.ndarray:
     if first_pass_kind(utterance) == "rank":
         return -np.arange(len(utterance.hyps), dtype=np.float64)
     return np.array([h.am for h in utterance.hyps], dtype=np.float64)
-
-
-def _sample(log_probs: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator) -> int:
-    """Draw a token from log-probabilities fp32 [V]."""
-    if temperature == 0:
-        return int(log_probs.argmax())
-    # Stable, so that the k best are the same words wherever several are equally probable.
-    kept = np.argsort(-log_probs, kind="stable")[: top_k or len(log_probs)]
-    scaled = log_probs[kept].astype(np.float64) / temperature
-    weights = np.exp(scaled - scaled.max())
-    return int(kept[rng.choice(len(kept), p=weights / weights.sum())])

@@ -96,3 +96,14 @@ class Decoder:
     def _check(self, state: State) -> None:
         if not isinstance(state, State) or state._decoder is not self:
             raise LowbitError("this state was not made by this model's begin() or advance()")
+
+
+def sample(log_probs: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator) -> int:
+    """Draw a token from log-probabilities fp32 [V]."""
+    if temperature == 0:
+        return int(log_probs.argmax())
+    # Stable, so that the k best are the same words wherever several are equally probable.
+    kept = np.argsort(-log_probs, kind="stable")[: top_k or len(log_probs)]
+    scaled = log_probs[kept].astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    return int(kept[rng.choice(len(kept), p=weights / weights.sum())])

@@ -176,6 +176,18 @@ def test_sentence_perplexity_is_that_of_the_scores(one):
     assert one.evaluate(lines, "sentence").stride == 5
 
 
+def test_a_hopeless_model_has_an_infinite_perplexity(one, monkeypatch):
+    monkeypatch.setattr(one.backend, "log_probs", lambda query: np.full(len(query), -1e4, np.float32))
+    assert one.perplexity(["a"]) == math.inf
+
+
+def test_progress_counts_all_tokens(one, monkeypatch):
+    monkeypatch.setattr("lowbit.engine._FOREST_TOKENS", 20)
+    counts = []
+    result = one.evaluate(["a b c d"] * 9, "sentence", progress=counts.append)
+    assert sum(counts) == result.n_tokens == 45 and len(counts) > 1
+
+
 def test_many_windows_are_read_in_several_forests(one, monkeypatch):
     whole = one.evaluate(["a b c d"] * 20, "stream").token_nll
     monkeypatch.setattr("lowbit.engine._FOREST_TOKENS", 25)

@@ -49,7 +49,10 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
         raise LowbitError(f"{args.text}: the file holds no text")
     lm = load_engine(args)
     start = time.perf_counter()
-    result = lm.evaluate(lines, args.mode, args.stride)
+    # Words and an end of sentence a line: what the engine will count.
+    total = sum(len(line.split()) + 1 for line in lines)
+    with cli.Progress("evaluate", total, "token") as bar:
+        result = lm.evaluate(lines, args.mode, args.stride, bar.advance)
     seconds = time.perf_counter() - start
     console = cli.console(args)
     console.print(f"perplexity {result.ppl:.3f}  ({args.mode}, stride {result.stride}, context {result.max_len})")

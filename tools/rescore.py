@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
         "lowbit rescore model.lowbit --nbest test.jsonl --out test.out.jsonl --weights weights.json",
         'Lists are JSON lines {"id", "ref"?, "hyps": [{"text", "am"?}]}, best first. The new score is\n'
         "am + lm_weight * log P + length_bonus * words; a list without am scores uses minus its rank, and says so.\n"
+        "A list's own lm scores are kept, and not used in this version.\n"
         "--tune finds the weights on this list's references and saves them to the file of --weights.",
     )
     p.add_argument("model", metavar="MODEL", help="checkpoint (.safetensors) or packed model (.lowbit)")
