@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--epochs", type=float, help="length of all phases together (default: as long as the original)")
     p.add_argument("--lr", type=float, help="peak learning rate (default: half of the original's)")
     p.add_argument("--phases", type=float, nargs=3, default=o.phases, metavar=("ADMM", "HARD", "SCALES"),
-                   help="shares of the steps (default: %(default)s); an ADMM share of 0 is straight-through only")  # fmt: skip
+                   help="shares of the steps (default: %(default)s); ADMM 0 is straight-through only")  # fmt: skip
     p.add_argument("--dropout-scale", type=float, default=o.dropout_scale,
                    help="factor on the original dropout rates (default: %(default)s)")  # fmt: skip
     p.add_argument("--distill", type=float, default=o.distill, metavar="L",
