@@ -47,23 +47,25 @@ def _blocks(logits: torch.Tensor):
 
 def _softmax_gradient(logits, target, teacher, distill):
     """Replace logits [R, V] by the gradient of the summed loss; return (summed loss, summed NLL) in fp32."""
-    p = logits.float()
+    p = logits.float()  # fp32 logits themselves are overwritten
     target = target[:, None]
     picked = p.gather(1, target)
     largest = p.amax(1, keepdim=True)
-    p.sub_(largest).exp_()
+    p.sub_(largest)
+    if teacher is not None:
+        log_q = teacher.float().log_softmax(1)
+        q = log_q.exp()
+        divergence = (q * (log_q - p)).sum()  # KL(teacher || student) but for the student's log-normaliser
+    p.exp_()
     total = p.sum(1, keepdim=True)
-    log_total = total.log() + largest
-    nll = (log_total - picked).sum()
+    log_total = total.log()
+    nll = (log_total + largest - picked).sum()
     p.div_(total)
     if teacher is None:
         loss, hard = nll, 1.0
     else:
         # d/dz [(1-l) CE + l KL(teacher || student)] = softmax(z) - (1-l) onehot - l p_teacher
-        log_q = teacher.float().log_softmax(1)
-        q = log_q.exp()
-        student_log_p = logits.float() - log_total
-        loss = (1 - distill) * nll + distill * (q * (log_q - student_log_p)).sum()
+        loss = (1 - distill) * nll + distill * (divergence + log_total.sum())
         p.sub_(q, alpha=distill)
         hard = 1 - distill
     p.scatter_add_(1, target, torch.full_like(picked, -hard))
