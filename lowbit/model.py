@@ -120,7 +120,7 @@ class Attention(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         context = attend(q, k, v, mask)
-        return self.o(context.transpose(1, 2).reshape(batch, length, -1)), new
+        return self.o(context.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim)), new
 
 
 class Mlp(nn.Module):
