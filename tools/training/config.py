@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,25 @@ class TrainConfig:
             self.schedule in ("cosine", "plateau"),
             f"schedule must be 'cosine' or 'plateau', not {self.schedule!r}",
         )
-        for name in ("seq_len", "batch_size", "epochs", "lr", "clip", "evals", "min_count"):
+        require(isinstance(self.model, dict), f"model must be an object, not {self.model!r}")
+        for name, least in (
+            ("seq_len", 1),
+            ("batch_size", 1),
+            ("evals", 1),
+            ("min_count", 1),
+            ("warmup", 0),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
-            require(isinstance(value, (int, float)) and value > 0, f"{name} must be positive, not {value!r}")
+            require(_is_number(value, int) and value >= least, f"{name} must be an integer >= {least}, not {value!r}")
+        for name in ("epochs", "lr", "clip"):
+            value = getattr(self, name)
+            require(_is_number(value) and 0 < value < math.inf, f"{name} must be a positive number, not {value!r}")
+        decay, largest = self.weight_decay, self.max_vocab
+        require(_is_number(decay) and 0 <= decay < math.inf, f"weight_decay must be a number >= 0, not {decay!r}")
+        require(largest is None or (_is_number(largest, int) and largest >= 2), f"max_vocab {largest!r} is less than 2")
         for name, rate in {**asdict(self.dropout), "rare_to_unk": self.rare_to_unk}.items():
-            require(0 <= rate < 1, f"{name} must lie in [0, 1), not {rate!r}")
+            require(_is_number(rate) and 0 <= rate < 1, f"{name} must lie in [0, 1), not {rate!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,3 +102,7 @@ class TrainConfig:
             names = ", ".join(sorted(named))
             raise LowbitError(f"{name_or_file}: no such training config; named ones: {names}, or a JSON file")
         return cls.from_dict(read_json(path), str(name_or_file))
+
+
+def _is_number(value: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
