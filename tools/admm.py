@@ -11,6 +11,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,14 +69,16 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
         checkpoint.info["train_config"] | ({} if args.seed is None else {"seed": args.seed}), args.checkpoint
     )
     options = AdmmOptions(
-        epochs=args.epochs or config.epochs, lr=args.lr or config.lr / 2, phases=tuple(args.phases),
+        epochs=config.epochs if args.epochs is None else args.epochs, lr=config.lr / 2 if args.lr is None else args.lr,
+        phases=tuple(args.phases),
         dropout_scale=args.dropout_scale, distill=args.distill, duals=args.duals, kappa=tuple(args.kappa),
         extra_gradient=args.extra_gradient,
     )  # fmt: skip
+    dropout = replace(config, dropout=config.dropout.scaled(options.dropout_scale)).dropout  # checked again
     device, precision, parallel = prepare_run(args, config.seed)
     corpora = Corpora.read(args.data, config, checkpoint.vocab)
     model = checkpoint.build_model().to(device)
-    model.dropout = config.dropout.scaled(options.dropout_scale)
+    model.dropout = dropout
     torch.manual_seed(config.seed * 1000 + parallel.rank)
     teacher = checkpoint.build_model().to(device) if options.distill > 0 else None
     stepper = Stepper(model, parallel, device, precision, config.clip)

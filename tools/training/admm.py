@@ -51,8 +51,8 @@ class AdmmOptions:
             if not ok:
                 raise LowbitError(f"admm: {what}")
 
-        require(self.epochs > 0 and self.lr > 0, "epochs and lr must be positive")
-        require(min(self.phases) >= 0 and sum(self.phases) > 0, "phases are shares that are not all 0")
+        require(0 < self.epochs < math.inf and 0 < self.lr < math.inf, "epochs and lr must be positive numbers")
+        require(min(self.phases) >= 0 and 0 < sum(self.phases) < math.inf, "phases are shares that are not all 0")
         require(
             self.phases[1] + self.phases[2] > 0,
             "without a hard or a scale phase nothing is quantized at the end",
