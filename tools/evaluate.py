@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowbit.tools import cli
+from lowbit.tools.engine_options import add_engine_options, add_model, load_engine
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,26 +19,12 @@ def parser() -> argparse.ArgumentParser:
         "stream joins all lines by </s> and reads them with a sliding context; sentence reads each line by itself.\n"
         "Words outside the vocabulary are scored as <unk> and counted.",
     )
-    p.add_argument("model", metavar="MODEL", help="checkpoint (.safetensors) or packed model (.lowbit)")
+    add_model(p)
     p.add_argument("--text", required=True, metavar="FILE", help="text, one sentence a line")
     p.add_argument("--mode", choices=("stream", "sentence"), default="stream")
     p.add_argument("--stride", type=int, metavar="N", help="tokens that the context slides by (default: half of it)")
     add_engine_options(p)
     return p
-
-
-def add_engine_options(p: argparse.ArgumentParser) -> None:
-    """How the model runs: shared by every stage that loads one."""
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    p.add_argument("--compute", choices=("int8", "exact"), default="int8", help="activations of a packed model")
-    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
-
-
-def load_engine(args: argparse.Namespace) -> Any:
-    """The language model that the options of :func:`add_engine_options` ask for."""
-    import lowbit
-
-    return lowbit.load(args.model, device=args.device, compute=args.compute, threads=args.threads)
 
 
 def body(args: argparse.Namespace) -> dict[str, Any]:

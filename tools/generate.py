@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowbit.tools import cli
-from lowbit.tools.evaluate import add_engine_options, load_engine
+from lowbit.tools.engine_options import add_engine_options, add_model, load_engine
 
 
 def parser() -> argparse.ArgumentParser:
     p = cli.parser("generate", 'lowbit generate model.lowbit --prompt "show me the" --max-new-tokens 20 --seed 1')
-    p.add_argument("model", metavar="MODEL", help="checkpoint (.safetensors) or packed model (.lowbit)")
+    add_model(p)
     p.add_argument("--prompt", default="", metavar="TEXT", help="beginning of a sentence (default: nothing)")
     p.add_argument("--max-new-tokens", type=int, default=30, metavar="N", help="stop after N words (default 30)")
     p.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the best word each time")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.tools import cli
-from lowbit.tools.evaluate import add_engine_options, load_engine
+from lowbit.tools.engine_options import add_engine_options, add_model, load_engine
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
         "A list's own lm scores are kept, and not used in this version.\n"
         "--tune finds the weights on this list's references and saves them to the file of --weights.",
     )
-    p.add_argument("model", metavar="MODEL", help="checkpoint (.safetensors) or packed model (.lowbit)")
+    add_model(p)
     p.add_argument("--nbest", required=True, metavar="LIST.jsonl")
     p.add_argument("--out", required=True, metavar="OUT.jsonl")
     p.add_argument("--weights", metavar="W.json", help="weights to use, or to write with --tune")
