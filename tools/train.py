@@ -18,7 +18,7 @@ from lowbit.errors import LowbitError
 from lowbit.model import TransformerLM
 from lowbit.tools import cli
 from lowbit.tools.training.config import TrainConfig
-from lowbit.tools.training.loop import Epochs, Resume, Stepper, learning_rate
+from lowbit.tools.training.loop import Epochs, Resume, Stepper, learning_rate, ppl_note
 from lowbit.tools.training.start import Corpora, add_run_options, prepare_run
 
 PLATEAU_FACTOR = 0.25
@@ -115,7 +115,7 @@ class Training:
                     train_nll = stepper.parallel.sum(nll.item())[0] / tokens
                     self._validate(train_nll)
                     nll, tokens = torch.zeros_like(nll), 0
-                bar.advance(note=f"valid PPL {math.exp(min(self.best_nll, 50)):.2f}")
+                bar.advance(note=ppl_note(self.best_nll))
                 if self.resume.due():
                     self.seconds, started = self.seconds + time.monotonic() - started, time.monotonic()
                     self.resume.save(self._state())

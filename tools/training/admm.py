@@ -17,7 +17,7 @@ from lowbit.model import TransformerLM
 from lowbit.plan import Plan
 from lowbit.tools import cli
 from lowbit.tools.training.config import TrainConfig
-from lowbit.tools.training.loop import Epochs, Resume, Stepper, learning_rate
+from lowbit.tools.training.loop import Epochs, Resume, Stepper, learning_rate, ppl_note
 from lowbit.tools.training.quantized import QuantizedMatrix
 
 PHASES = ("admm", "hard", "scales")
@@ -152,7 +152,7 @@ class Admm:
         while self.step < self.steps[self.phase]:
             step(next(self.epochs))
             self.step += 1
-            self.bar.advance(note=f"{self.phase}, valid PPL {math.exp(min(self.valid_nll, 50)):.2f}")
+            self.bar.advance(note=", ".join(filter(None, (self.phase, ppl_note(self.valid_nll)))))
             if self.resume.due():
                 self._tick()
                 self.resume.save(self._state())

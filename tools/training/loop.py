@@ -49,6 +49,11 @@ def learning_rate(step: int, total: int, peak: float, warmup: int, schedule: str
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+def ppl_note(nll: float) -> str:
+    """What progress shows of a validation: nothing before the first one."""
+    return f"valid PPL {math.exp(min(nll, 50.0)):.2f}" if math.isfinite(nll) else ""
+
+
 @dataclass
 class Stepper:
     """Forward, backward and update of one model on one device, over all processes.
