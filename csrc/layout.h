@@ -1,11 +1,12 @@
 // The bit layouts of a quantized matrix W[N, K]: codes of b = 1, 2, 4 or 8 bits, w = scale * level[code].
 //
-// CANONICAL (files; lowbit/bitpack.py). Row by row, little-endian within the byte, rows padded to whole bytes:
+// CANONICAL (files; lowbit/bitpack.py). Row by row, little-endian within the byte, rows of whole bytes:
 //
 //     bit offset of code(n, k) in row n  =  k * b            row n starts at byte n * ceil(K * b / 8)
 //
-// PREPACKED (memory; one layout for every instruction set, made by prepack.h, never saved). W is cut into tiles
-// of 16 outputs x 64 inputs, zero codes padding the edges. Tiles follow each other along K, then along N:
+// PREPACKED (memory; one layout for every instruction set, made by prepack.h, never saved). W is cut into
+// tiles of 16 outputs x 64 inputs, zero codes padding the edges. Tiles follow each other along K, then
+// along N:
 //
 //     tile(block, t)  at byte  (block * tiles + t) * 128 * b           block = n / 16, t = k / 64
 //
@@ -23,11 +24,11 @@
 //     b = 2, vector v:   byte = | row 4v+3 : 2 | row 4v+2 : 2 | row 4v+1 : 2 | row 4v : 2 |  4 vectors a tile
 //     b = 1, vector v:   byte = | row 8v+7 : 1 |            ...            | row 8v : 1 |    2 vectors a tile
 //
-// Because a block's vectors are contiguous over all its tiles, a kernel walks one linear sequence: vector v of a
-// block meets the activations x[4 * P * v .. 4 * P * (v + 1)).
+// Because a block's vectors are contiguous over all its tiles, a kernel walks one linear sequence: vector v
+// of a block meets the activations x[4 * P * v .. 4 * P * (v + 1)).
 //
-// SCALES. fp16 bits, [block][span][16 outputs]. A span is the run of inputs that shares one scale and one int32
-// accumulator: the group, or a part of it where the group exceeds kMaxSpan (then the scale is repeated).
+// SCALES. fp16 bits, [block][span][16 outputs]. A span is the run of inputs that shares one scale and one
+// int32 accumulator: the group, or a part of it where the group exceeds kMaxSpan (then the scale is repeated).
 #pragma once
 
 #include <cstdint>
