@@ -28,7 +28,8 @@
 // of a block meets the activations x[4 * P * v .. 4 * P * (v + 1)).
 //
 // SCALES. fp16 bits, [block][span][16 outputs]. A span is the run of inputs that shares one scale and one
-// int32 accumulator: the group, or a part of it where the group exceeds kMaxSpan (then the scale is repeated).
+// int32 accumulator: the group, or a part of it where the group exceeds kMaxSpan (then the scale is
+// repeated).
 #pragma once
 
 #include <cstdint>
