@@ -12,7 +12,7 @@ class QuantLinear(torch.nn.Module):
     """``x float [..., K] -> fp32 [..., N]`` with a packed weight [N, K].
 
     The weight is no parameter and no buffer: packed files hold the canonical layout, never this one, and a matrix
-    may be shared with a :class:`QuantEmbedding` (tied weights).
+    may be shared with a :class:`QuantEmbedding`.
 
     Args:
         packed: the weight.
@@ -22,11 +22,9 @@ class QuantLinear(torch.nn.Module):
 
     def __init__(self, packed: PackedWeight, bias: torch.Tensor | None = None, compute: str = "int8"):
         super().__init__()
-        if compute not in COMPUTE:
-            raise LowbitError(f"compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
         if bias is not None and bias.shape != packed.shape[:1]:
             raise LowbitError(f"bias {list(bias.shape)} does not fit the weight {list(packed.shape)}")
-        self.packed, self.compute = packed, compute
+        self.packed, self.compute = packed, _check_compute(compute)
         self.register_buffer("bias", None if bias is None else bias.detach().float().contiguous())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -38,17 +36,30 @@ class QuantLinear(torch.nn.Module):
 
 
 class QuantEmbedding(torch.nn.Module):
-    """``ids int64 [...] -> fp32 [..., D]``: rows of a packed matrix [V, D], dequantized as they are read."""
+    """``ids int64 [...] -> fp32 [..., D]``: rows of a packed matrix [V, D], dequantized as they are read.
 
-    def __init__(self, packed: PackedWeight):
+    :meth:`project` makes it a tied output layer too: one packed copy serves both.
+    """
+
+    def __init__(self, packed: PackedWeight, compute: str = "int8"):
         super().__init__()
-        self.packed = packed
+        self.packed, self.compute = packed, _check_compute(compute)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.packed.dequantize_rows(ids)
 
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``hidden float [..., D] -> fp32 logits [..., V]``."""
+        return linear(hidden, self.packed, None, self.compute)
+
     def extra_repr(self) -> str:
         return _describe(self.packed)
+
+
+def _check_compute(compute: str) -> str:
+    if compute not in COMPUTE:
+        raise LowbitError(f"compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
+    return compute
 
 
 def _describe(packed: PackedWeight) -> str:

@@ -73,7 +73,7 @@ def _load_packed(path: PathLike, device: str, compute: str) -> LoadedModel:
             del matrix
             kernels |= {packed.kernel_name(1, compute), packed.kernel_name(_MANY_ROWS, compute)}
             if name == "embed":
-                modules[name] = TiedEmbedding(packed, compute) if header.config.tied else QuantEmbedding(packed)
+                modules[name] = QuantEmbedding(packed, compute)
             else:
                 modules[name] = QuantLinear(packed, vectors.pop(f"{name}.bias", None), compute)
     model = TransformerLM(header.config, modules)
@@ -94,18 +94,6 @@ def relay(matrix: PackedMatrix) -> ops.PackedWeight:
         rows = bitpack.pack_codes(bitpack.unpack_ternary(rows, k), 2)
     levels = torch.tensor(matrix.table.padded, dtype=torch.int8)
     return ops.PackedWeight.from_canonical(rows, matrix.scale, levels, matrix.bits, k, matrix.group)
-
-
-class TiedEmbedding(QuantEmbedding):
-    """An embedding whose matrix is the output layer's too: one packed copy serves both."""
-
-    def __init__(self, packed: ops.PackedWeight, compute: str):
-        super().__init__(packed)
-        self.output = QuantLinear(packed, None, compute)
-
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [..., D] -> fp32 logits [..., V]."""
-        return self.output(hidden)
 
 
 def _common(path: PathLike, model: TransformerLM, device: str) -> dict[str, Any]:

@@ -24,11 +24,12 @@ def test_linear_is_the_function(q):
         assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
-def test_tied_embedding_and_head_share_one_matrix(q):
-    embed, head = QuantEmbedding(packed(q)), QuantLinear(packed(q))
-    assert embed.packed is head.packed
-    ids = torch.tensor([[3, 29], [0, 3]])
-    assert torch.equal(embed(ids), q.dequantize()[ids])
+def test_a_tied_embedding_is_the_output_layer_too(q):
+    x, ids = torch.randn(2, 70), torch.tensor([[3, 29], [0, 3]])
+    for compute in ("int8", "exact"):
+        embed = QuantEmbedding(packed(q), compute)
+        assert torch.equal(embed(ids), q.dequantize()[ids])
+        assert torch.equal(embed.project(x), linear(x, q, None, compute))
 
 
 def test_repr_tells_bits_table_and_kernel(q):
@@ -45,6 +46,8 @@ def test_repr_tells_bits_table_and_kernel(q):
 def test_wrong_arguments_are_named(q):
     with pytest.raises(LowbitError, match="compute must be one of int8, exact"):
         QuantLinear(packed(q), compute="fast")
+    with pytest.raises(LowbitError, match="compute must be one of int8, exact"):
+        QuantEmbedding(packed(q), compute="fast")
     with pytest.raises(LowbitError, match=r"bias \[29\] does not fit the weight \[30, 70\]"):
         QuantLinear(packed(q), torch.zeros(29))
 
