@@ -11,8 +11,10 @@ import types
 
 _EXPORTS = {
     "FormatError": "errors",
+    "LanguageModel": "engine",
     "LowbitError": "errors",
     "ModelConfig": "config",
+    "NBest": "nbest",
     "PackedWeight": "ops",
     "Plan": "plan",
     "QuantEmbedding": "layers",
@@ -25,6 +27,7 @@ _EXPORTS = {
     "linear": "ops",
     "load": "engine",
     "quantize": "quantize",
+    "read_nbest": "nbest",
     "set_threads": "ops",
 }
 
