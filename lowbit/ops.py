@@ -218,19 +218,12 @@ def linear(
     weight = q if isinstance(q, PackedWeight) else packed(q)
     if compute not in COMPUTE:
         raise LowbitError(f"compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
-    if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter or torch.compiler.is_compiling():
-        return torch.ops.lowbit.linear(
-            x,
-            weight.tiles,
-            weight.scales,
-            weight.table,
-            bias,
-            *weight.shape,
-            weight.bits,
-            weight.span,
-            compute == "exact",
-        )
-    return _run(x, weight._native, weight.shape[0], weight.shape[1], bias, compute == "exact")
+    n, k = weight.shape
+    exact = compute == "exact"
+    if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        stored = (weight.tiles, weight.scales, weight.table)
+        return torch.ops.lowbit.linear(x, *stored, bias, n, k, weight.bits, weight.span, exact)
+    return _run(x, weight._native, n, k, bias, exact)
 
 
 def _run(x: torch.Tensor, native, n: int, k: int, bias: torch.Tensor | None, exact: bool) -> torch.Tensor:

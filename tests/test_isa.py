@@ -32,7 +32,10 @@ def test_scalar_is_always_there_and_the_best_comes_last():
 
 @pytest.mark.parametrize("name", ops.available_isas())
 def test_environment_forces_one(name):
-    code = "import torch, lowbit; q = lowbit.quantize(torch.eye(8), 8); lowbit.linear(torch.ones(1, 8), q); print(lowbit.isa())"
+    code = (
+        "import torch, lowbit; q = lowbit.quantize(torch.eye(8), 8)\n"
+        "lowbit.linear(torch.ones(1, 8), q); print(lowbit.isa())"
+    )
     done = run_with(name, code)
     assert done.returncode == 0 and done.stdout.strip() == name, done.stderr
 
