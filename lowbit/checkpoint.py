@@ -20,6 +20,7 @@ from lowbit.errors import FormatError, LowbitError
 from lowbit.files import PathLike, atomic_path
 from lowbit.model import TransformerLM
 from lowbit.plan import Plan
+from lowbit.tables import FREE
 from lowbit.vocab import Vocab
 
 METADATA_KEY = "lowbit-checkpoint"
@@ -142,6 +143,8 @@ def _check_scales(config: ModelConfig, plan: Plan, scales: dict[str, torch.Tenso
     for name, (n, k) in config.matrix_shapes().items():
         shape = (n, -(-k // (plan[name].group or k)))
         scale = scales.get(name)
+        if plan[name].table == FREE:
+            raise FormatError(f"matrix {name!r}: no training ends on free levels")
         if scale is None or tuple(scale.shape) != shape or scale.dtype != torch.float16:
             raise FormatError(f"tensor '{name}.scale' is missing or not float16 {list(shape)}")
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):

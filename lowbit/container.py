@@ -33,7 +33,7 @@ from lowbit.container_header import (
 from lowbit.errors import FormatError, LowbitError
 from lowbit.files import PathLike, atomic_path
 from lowbit.quantize import QuantTensor
-from lowbit.tables import Table
+from lowbit.tables import FREE, Table
 from lowbit.vocab import Vocab
 
 __all__ = [
@@ -260,7 +260,7 @@ def _describe(matrix: PackedMatrix) -> dict[str, Any]:
     described: dict[str, Any] = {"bits": matrix.bits, "table": matrix.table.name}
     if matrix.group != matrix.shape[1]:
         described["group"] = matrix.group
-    if matrix.table.name == "free":
+    if matrix.table.name == FREE:
         described["levels"] = list(matrix.table.levels)
     return described
 

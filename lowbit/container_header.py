@@ -15,7 +15,7 @@ from lowbit import bitpack
 from lowbit.config import ModelConfig
 from lowbit.container_checks import load_json, shorten, unseal
 from lowbit.errors import FormatError, LowbitError
-from lowbit.tables import Table, find_table, free_table
+from lowbit.tables import FREE, Table, find_table, free_table
 
 FORMAT_VERSION = 1
 METADATA_KEY = "lowbit"
@@ -224,7 +224,7 @@ def _matrix_header(name: str, value: Any, shape: tuple[int, int]) -> MatrixHeade
         raise FormatError(f"matrix {name!r}: needs bits and table, takes group and levels")
     bits, table_name = value["bits"], value["table"]
     try:
-        free = table_name == "free"
+        free = table_name == FREE
         table = free_table(value.get("levels"), bits) if free else find_table(bits, table_name)
     except LowbitError as error:
         raise FormatError(f"matrix {name!r}: {shorten(str(error))}") from None

@@ -12,7 +12,7 @@ from lowbit.config import ModelConfig
 from lowbit.errors import LowbitError
 from lowbit.files import PathLike, read_json, write_json
 from lowbit.quantize import check_group
-from lowbit.tables import find_table
+from lowbit.tables import effective_bits, table_name
 
 PLAN_VERSION = 1
 
@@ -23,7 +23,8 @@ class MatrixPlan:
 
     Attributes:
         bits: 1, 2, 4 or 8.
-        table: level table of :mod:`lowbit.tables`; the default of ``bits`` where None was given.
+        table: level table of :mod:`lowbit.tables`; the default of ``bits`` where None was given. "free" has packing
+            learn the levels of the matrix after training (2 and 4 bits).
         group: weights that share a scale along K: None for a whole row, or a multiple of 64.
     """
 
@@ -32,7 +33,7 @@ class MatrixPlan:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "table", find_table(self.bits, self.table).name)
+        object.__setattr__(self, "table", table_name(self.bits, self.table))
         check_group(self.group)
 
     def nbytes(self, n: int, k: int) -> int:
@@ -92,7 +93,7 @@ class Plan(Mapping[str, MatrixPlan]):
         """Bits of code per quantized weight (ternary counts 1.6), scales not included."""
         shapes = config.matrix_shapes()
         total = sum(n * k for n, k in shapes.values())
-        bits = sum(n * k * find_table(self[m].bits, self[m].table).effective_bits for m, (n, k) in shapes.items())
+        bits = sum(n * k * effective_bits(self[m].bits, self[m].table) for m, (n, k) in shapes.items())
         return bits / total
 
     def to_dict(self) -> dict[str, Any]:

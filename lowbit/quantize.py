@@ -13,7 +13,7 @@ import torch
 
 from lowbit import bitpack
 from lowbit.errors import LowbitError
-from lowbit.tables import Table, find_table, free_table
+from lowbit.tables import FREE, Table, find_table, free_table
 
 # Least-squares unit scales for N(0, 1) data, so that a start costs one RMS (Max 1960; DESIGN 3 gives the first two).
 _GAUSSIAN_SCALE = {
@@ -64,7 +64,7 @@ class QuantTensor:
     @property
     def levels(self) -> Table:
         """The level table, without the padding of ``table``."""
-        if self.table_name == "free":
+        if self.table_name == FREE:
             return free_table(tuple(self.table.tolist()), self.bits)
         return find_table(self.bits, self.table_name)
 
@@ -86,9 +86,7 @@ class QuantTensor:
         return bitpack.pack_codes(self.codes, self.bits)
 
     @classmethod
-    def unpack(
-        cls, packed: torch.Tensor, scale: torch.Tensor, table: Table, k: int, group: int | None
-    ) -> QuantTensor:
+    def unpack(cls, packed: torch.Tensor, scale: torch.Tensor, table: Table, k: int, group: int | None) -> QuantTensor:
         """Rebuild from canonical packed codes [N, bytes] and scales fp16 [N, G]."""
         if table.name == "ternary":
             codes = bitpack.unpack_ternary(packed, k)
@@ -122,7 +120,7 @@ def quantize(
     if not bool(torch.isfinite(w).all()):
         raise LowbitError("quantize: the weight holds NaN or infinite values")
     check_group(group)
-    if table == "free":
+    if table == FREE:
         levels = _learn_levels(w, bits, group)
     elif table is None or isinstance(table, str):
         levels = find_table(bits, table)
@@ -140,12 +138,8 @@ def describe(w: object) -> str:
 
 def check_group(group: int | None) -> None:
     """Raises LowbitError unless ``group`` is None or a positive multiple of 64."""
-    if group is not None and (
-        not isinstance(group, int) or isinstance(group, bool) or group <= 0 or group % 64
-    ):
-        raise LowbitError(
-            f"group must be a positive multiple of 64, or absent for one scale a row, not {group!r}"
-        )
+    if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group <= 0 or group % 64):
+        raise LowbitError(f"group must be a positive multiple of 64, or absent for one scale a row, not {group!r}")
 
 
 def fit(

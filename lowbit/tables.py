@@ -28,9 +28,7 @@ class Table:
         if self.bits not in BITS:
             raise LowbitError(f"table {self.name!r}: bits must be one of {BITS}, not {self.bits}")
         if not 2 <= len(self.levels) <= 2**self.bits:
-            raise LowbitError(
-                f"table {self.name!r}: {len(self.levels)} levels do not fit in {self.bits} bits"
-            )
+            raise LowbitError(f"table {self.name!r}: {len(self.levels)} levels do not fit in {self.bits} bits")
         if any(not -128 <= v <= 127 for v in self.levels):
             raise LowbitError(f"table {self.name!r}: levels must be int8")
         if any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
@@ -53,8 +51,12 @@ class Table:
 
     @property
     def effective_bits(self) -> float:
-        """Bits a weight takes in a file: ternary codes are stored five to a byte (DESIGN section 4)."""
-        return 1.6 if self.name == "ternary" else float(self.bits)
+        return effective_bits(self.bits, self.name)
+
+
+def effective_bits(bits: int, table: str) -> float:
+    """Bits a weight takes in a file: ternary codes are stored five to a byte (DESIGN section 4)."""
+    return 1.6 if table == "ternary" else float(bits)
 
 
 def _signed_powers(n: int) -> tuple[int, ...]:
@@ -77,6 +79,8 @@ TABLES: dict[str, Table] = {
         Table("int8", 8, tuple(range(-128, 128))),
     )
 }
+FREE = "free"  # a matrix's own learned levels: not in TABLES, but wherever a table is named
+FREE_BITS = (2, 4)
 DEFAULT_TABLE = {1: "binary", 2: "midrise2", 4: "midrise4", 8: "int8"}
 
 
@@ -93,12 +97,19 @@ def find_table(bits: int, name: str | None = None) -> Table:
     if name == "pow2":
         name = f"pow2_{bits}"
     if not isinstance(name, str) or name not in TABLES:
-        raise LowbitError(
-            f"unknown table {name!r}; known tables: {', '.join(sorted(TABLES))}, or free levels"
-        )
+        raise LowbitError(f"unknown table {name!r}; known tables: {', '.join(sorted(TABLES))}, or free levels")
     if TABLES[name].bits != bits:
         raise LowbitError(f"table {name!r} has {TABLES[name].bits} bits, not {bits}")
     return TABLES[name]
+
+
+def table_name(bits: int, name: str | None = None) -> str:
+    """What :func:`find_table` finds by name, or "free" where the width has free levels. Raises as it does."""
+    if name == FREE and type(bits) is int and bits in BITS:
+        if bits not in FREE_BITS:
+            raise LowbitError(f"a free table has 2 or 4 bits, not {bits!r}")
+        return FREE
+    return find_table(bits, name).name
 
 
 def free_table(levels: Sequence[int], bits: int) -> Table:
@@ -107,7 +118,7 @@ def free_table(levels: Sequence[int], bits: int) -> Table:
     Raises:
         LowbitError: another width, or levels that are not 2**bits ascending int8 integers.
     """
-    if type(bits) is not int or bits not in (2, 4):
+    if type(bits) is not int or bits not in FREE_BITS:
         raise LowbitError(f"a free table has 2 or 4 bits, not {bits!r}")
     try:
         values = tuple(operator.index(v) for v in levels)
@@ -115,4 +126,4 @@ def free_table(levels: Sequence[int], bits: int) -> Table:
         raise LowbitError(f"a free table has integer levels, not {levels!r}") from None
     if len(values) != 2**bits:
         raise LowbitError(f"a free table of {bits} bits has {2**bits} levels, not {len(values)}")
-    return Table("free", bits, values)
+    return Table(FREE, bits, values)

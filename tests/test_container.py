@@ -70,9 +70,8 @@ def test_every_byte_is_accounted_for(path, packed_model):
     assert first + sum(e.nbytes for e in header.entries.values()) == header.file_nbytes
     for name, matrix in header.matrices.items():
         group = None if matrix.group == matrix.shape[1] else matrix.group
-        if matrix.table.name != "free":  # a plan names a table
-            plan = MatrixPlan(matrix.bits, matrix.table.name, group)
-            assert matrix.nbytes == plan.nbytes(*matrix.shape) == packed_model.matrices[name].nbytes
+        plan = MatrixPlan(matrix.bits, matrix.table.name, group)
+        assert matrix.nbytes == plan.nbytes(*matrix.shape) == packed_model.matrices[name].nbytes
 
 
 def test_mean_bits_weigh_matrices_by_size(tmp_path, pack_random):

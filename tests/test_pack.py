@@ -12,6 +12,7 @@ from lowbit.checkpoint import Checkpoint
 from lowbit.container import read_packed
 from lowbit.plan import MatrixPlan, Plan
 from lowbit.quantize import quantize
+from lowbit.tools.admm import main as admm_main
 from lowbit.tools.pack import main
 from lowbit.vocab import Vocab
 
@@ -122,6 +123,33 @@ def test_post_training_is_the_least_squares_fit(tmp_path, full, plan):
         expected = quantize(full.tensors[f"{name}.weight"], entry.bits, entry.table, entry.group)
         q = matrix.to_quant_tensor()
         assert torch.equal(q.codes, expected.codes) and torch.equal(q.scale, expected.scale)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_free_levels_are_learned_by_packing(tmp_path, full, bits):
+    Plan.uniform(full.config, bits, "free", 64).save(tmp_path / "p.json")
+    assert run(tmp_path, full, "--plan", str(tmp_path / "p.json")) == 0
+    for name, matrix in read_packed(tmp_path / "m.lowbit").matrices.items():
+        expected = quantize(full.tensors[f"{name}.weight"], bits, "free", 64)
+        q = matrix.to_quant_tensor()
+        assert torch.equal(q.table, expected.table) and torch.equal(q.dequantize(), expected.dequantize())
+
+
+def test_a_trained_plan_has_no_free_levels(tmp_path, admm, capsys):
+    admm.plan = Plan({**admm.plan, "layers.0.attn.v": MatrixPlan(2, "free")})
+    assert run(tmp_path, admm) == 2
+    refused(tmp_path, capsys, "matrix 'layers.0.attn.v': no training ends on free levels")
+
+
+def test_admm_refuses_free_levels(tmp_path, full, capsys):
+    full.info = {"train_config": {}}
+    full.save(tmp_path / "c.safetensors")
+    Plan({**Plan.uniform(full.config, 2), "layers.0.mlp.fc1": MatrixPlan(4, "free")}).save(tmp_path / "p.json")
+    out = str(tmp_path / "y.safetensors")
+    options = ["--plan", str(tmp_path / "p.json"), "--data", str(tmp_path), "--out", out]
+    assert admm_main([str(tmp_path / "c.safetensors"), *options]) == 2
+    error = capsys.readouterr().err
+    assert "p.json: matrix 'layers.0.mlp.fc1': free levels are learned by packing" in error and error.count("\n") == 1
 
 
 def test_group_option_overrides_the_plan(tmp_path, full):

@@ -27,13 +27,16 @@ def test_uniform_fits_its_model_and_mean_bits():
     plan.validate(CONFIG)
     assert plan.mean_bits(CONFIG) == 4.0
     assert Plan.uniform(CONFIG, 2, "ternary").mean_bits(CONFIG) == pytest.approx(1.6)
+    assert Plan.uniform(CONFIG, 2, "free").mean_bits(CONFIG) == 2.0
     mixed = Plan({**plan, "embed": MatrixPlan(1)})
     weights = sum(n * k for n, k in CONFIG.matrix_shapes().values())
     assert mixed.mean_bits(CONFIG) == pytest.approx((80 * 1 + (weights - 80) * 4) / weights)
 
 
 @pytest.mark.parametrize("group", [None, 64, 256])
-@pytest.mark.parametrize(("bits", "table"), [(1, None), (2, "ternary"), (2, None), (4, "pow2"), (8, None)])
+@pytest.mark.parametrize(
+    ("bits", "table"), [(1, None), (2, "ternary"), (2, None), (2, "free"), (4, "free"), (4, "pow2"), (8, None)]
+)
 def test_nbytes_are_those_of_the_quantized_matrix(bits, table, group):
     q = quantize(torch.randn(5, 131), bits, table, group)
     assert MatrixPlan(bits, table, group).nbytes(5, 131) == q.nbytes
@@ -60,6 +63,8 @@ def test_validate_names_the_matrix():
         ({"matrices": {"embed": {"bits": True}}}, "matrix 'embed': bits must be one of"),
         ({"matrices": {"embed": {"bits": 4, "table": "ternary"}}}, "matrix 'embed': table 'ternary' has 2 bits"),
         ({"matrices": {"embed": {"bits": 4, "table": ["x"]}}}, "matrix 'embed': unknown table"),
+        ({"matrices": {"embed": {"bits": 8, "table": "free"}}}, "matrix 'embed': a free table has 2 or 4 bits, not 8"),
+        ({"matrices": {"embed": {"bits": 3, "table": "free"}}}, "matrix 'embed': bits must be one of"),
         ({"matrices": {"embed": {"bits": 4, "group": 65}}}, "matrix 'embed': group"),
         ({"matrices": {"embed": {"bits": 4, "group": 0}}}, "matrix 'embed': group"),
         ({"matrices": {"embed": {"bits": 4, "group": True}}}, "matrix 'embed': group"),

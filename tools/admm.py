@@ -19,6 +19,7 @@ import torch
 from lowbit.checkpoint import Checkpoint
 from lowbit.errors import LowbitError
 from lowbit.plan import Plan
+from lowbit.tables import FREE
 from lowbit.tools import cli
 from lowbit.tools.training.admm import Admm, AdmmOptions
 from lowbit.tools.training.config import TrainConfig
@@ -65,6 +66,9 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
         raise LowbitError(f"{args.checkpoint}: says nothing of its training; ADMM needs a checkpoint of `lowbit train`")
     plan = Plan.load(args.plan)
     plan.validate(checkpoint.config, args.plan)
+    if free := [name for name, entry in plan.items() if entry.table == FREE]:
+        raise LowbitError(f"{args.plan}: matrix {free[0]!r}: free levels are learned by packing, after training;"
+                          " ADMM needs a fixed table such as midrise2 or midrise4")  # fmt: skip
     config = TrainConfig.from_dict(
         checkpoint.info["train_config"] | ({} if args.seed is None else {"seed": args.seed}), args.checkpoint
     )

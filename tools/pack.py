@@ -23,7 +23,7 @@ from lowbit.container import PackedMatrix, PackedModel, read_header, write_packe
 from lowbit.errors import LowbitError
 from lowbit.files import PathLike
 from lowbit.plan import MatrixPlan, Plan
-from lowbit.quantize import QuantTensor, check_group, fit, nearest_codes, table_tensor
+from lowbit.quantize import QuantTensor, check_group, fit, nearest_codes, quantize, table_tensor
 from lowbit.tables import find_table
 from lowbit.tools import cli
 
@@ -129,7 +129,9 @@ def recover(name: str, weight: torch.Tensor, entry: MatrixPlan, scale: torch.Ten
 
 
 def _round(weight: torch.Tensor, entry: MatrixPlan, start: torch.Tensor | None) -> QuantTensor:
-    """Least-squares fit; ``start`` fp16 [N, G] are the scales that training ended with."""
+    """Least-squares fit; ``start`` fp16 [N, G] are the scales that training ended with, None without training."""
+    if start is None:
+        return quantize(weight, entry.bits, entry.table, entry.group)
     table, k = find_table(entry.bits, entry.table), weight.shape[1]
     codes, scale = fit(weight, table, entry.group, start=start)
     return QuantTensor(codes, table_tensor(table), scale, entry.bits, min(entry.group or k, k), table.name)
