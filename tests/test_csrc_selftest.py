@@ -25,8 +25,8 @@ def find(name: str) -> str:
 def test_kernels_under_sanitizers(tmp_path):
     configure = [
         find("cmake"), "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find('ninja')}",
-        "-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DLOWBIT_SANITIZE=address,undefined", "-DLOWBIT_PYTHON=OFF",
-        "-DLOWBIT_SELFTEST=ON",
+        "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", "-DLOWBIT_SANITIZE=address,undefined",
+        "-DLOWBIT_PYTHON=OFF", "-DLOWBIT_SELFTEST=ON",
     ]  # fmt: skip
     subprocess.run(configure, check=True, capture_output=True)
     subprocess.run([find("cmake"), "--build", str(tmp_path), "--parallel", "2"], check=True, capture_output=True)
