@@ -63,7 +63,7 @@ def test_demo_ends_with_table_picture_and_json(ran):
     for row in result["rows"]:
         assert row["test_ppl"] > 1 and row["sentences_per_second"] > 0 and 0 <= row["test_rescored_wer"] <= 100
     assert result["rows"][0]["bytes"] > result["rows"][-1]["bytes"]
-    assert "simulated" in (out / "results.md").read_text()
+    assert "SIMULATED" in (out / "results.md").read_text()
     assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
