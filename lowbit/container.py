@@ -1,7 +1,7 @@
 """The packed file of a low-bit model (`.lowbit`): DESIGN section 4, docs/FORMAT.md.
 
 One safetensors file. A quantized matrix ``m`` is ``m.codes`` uint8 [N, row bytes] and ``m.scale`` fp16
-[N, G]; biases, norms and learned positions are fp16; the vocabulary is a byte tensor. What the numbers mean,
+[N, G]; biases, norms and learned positions are fp16; the vocabulary is a zlib stream. What the numbers mean,
 checksums and provenance are JSON under the metadata key ``lowbit``.
 """
 
@@ -19,7 +19,16 @@ import torch
 from safetensors.numpy import save
 
 from lowbit.config import ModelConfig
-from lowbit.container_checks import check_codes, check_scale, check_vector, checksum, seal, shorten
+from lowbit.container_checks import (
+    check_codes,
+    check_scale,
+    check_vector,
+    checksum,
+    compress_vocab,
+    decompress_vocab,
+    seal,
+    shorten,
+)
 from lowbit.container_header import (
     FORMAT_VERSION,
     METADATA_KEY,
@@ -27,6 +36,7 @@ from lowbit.container_header import (
     Header,
     MatrixHeader,
     TensorEntry,
+    check_vocab_nbytes,
     expected_tensors,
     parse_header,
 )
@@ -119,6 +129,7 @@ def write_packed(path: PathLike, model: PackedModel) -> None:
         "version": FORMAT_VERSION,
         "config": model.config.to_dict(),
         "vocab_sha256": model.vocab.hash,
+        "vocab_nbytes": len(_words(model.vocab).encode()),
         "matrices": {name: _describe(matrix) for name, matrix in model.matrices.items()},
         "xxh3": {name: checksum(array) for name, array in tensors.items()},
         "fp32_nbytes": model.fp32_nbytes,
@@ -191,7 +202,7 @@ class PackedFile:
     def vocab(self) -> Vocab:
         """The vocabulary inside."""
         with self._naming():
-            data = self._bytes(VOCAB).tobytes()
+            data = decompress_vocab(VOCAB, self._bytes(VOCAB).tobytes(), self.header.vocab_nbytes)
             size = self.header.config.vocab_size
             if data.count(b"\n") + 1 != size:
                 words = data.count(b"\n") + 1
@@ -265,9 +276,13 @@ def _describe(matrix: PackedMatrix) -> dict[str, Any]:
     return described
 
 
+def _words(vocab: Vocab) -> str:
+    return "\n".join(vocab.tokens)
+
+
 def _tensors(model: PackedModel) -> dict[str, np.ndarray]:
     """Everything that becomes a tensor of the file, by its name there."""
-    tensors = {VOCAB: torch.frombuffer(bytearray("\n".join(model.vocab.tokens).encode()), dtype=torch.uint8)}
+    tensors = {VOCAB: torch.frombuffer(bytearray(compress_vocab(_words(model.vocab))), dtype=torch.uint8)}
     for name, matrix in model.matrices.items():
         tensors |= {f"{name}.codes": matrix.codes_packed, f"{name}.scale": matrix.scale}
     # fp16: they are a percent or two of the file, and rounding them is far below what the codes cost
@@ -281,6 +296,7 @@ def _check_writable(model: PackedModel, arrays: dict[str, np.ndarray]) -> None:
     config = model.config
     if len(model.vocab) != config.vocab_size:
         raise LowbitError(f"{len(model.vocab)} words of vocabulary, the model has {config.vocab_size}")
+    check_vocab_nbytes(len(_words(model.vocab).encode()), config.vocab_size)
     if model.fp32_nbytes < 4 * config.n_parameters():
         raise LowbitError(f"fp32_nbytes {model.fp32_nbytes} is less than the model's fp32 parameters take")
     for name, shape in config.matrix_shapes().items():

@@ -7,6 +7,7 @@ holds, and its only exception is a FormatError that names the tensor and the rea
 from __future__ import annotations
 
 import json
+import zlib
 from typing import Any
 
 import torch
@@ -48,6 +49,27 @@ def check_vector(name: str, vector: torch.Tensor) -> None:
     """Raises FormatError unless every element is finite."""
     if not bool(torch.isfinite(vector).all()):
         raise FormatError(f"tensor {name!r}: a value is NaN or infinite")
+
+
+def compress_vocab(words: str) -> bytes:
+    """zlib stream of the words joined by newlines."""
+    return zlib.compress(words.encode(), 9)
+
+
+def decompress_vocab(name: str, data: bytes, nbytes: int) -> bytes:
+    """Inverse of :func:`compress_vocab`; makes no more than ``nbytes`` + 1 bytes, whatever the stream holds.
+
+    Raises:
+        FormatError: no zlib stream, or not exactly one of ``nbytes`` bytes.
+    """
+    stream = zlib.decompressobj()
+    try:
+        words = stream.decompress(data, nbytes + 1)
+    except zlib.error as error:
+        raise FormatError(f"tensor {name!r}: not a zlib stream: {error}") from None
+    if len(words) != nbytes or not stream.eof or stream.unused_data:
+        raise FormatError(f"tensor {name!r}: not one zlib stream of the {nbytes} bytes that vocab_nbytes says")
+    return words
 
 
 def checksum(data: Any) -> str:

@@ -23,10 +23,11 @@ VOCAB = "vocab"
 _ITEM_BYTES = {"U8": 1, "F16": 2}
 _MAX_HEADER = 2**24  # bytes; a model of 1,024 layers, the most ModelConfig allows, needs about a third of it
 _MAX_POSITION_VALUES = 2**26  # of a computed position table, the one thing a model allocates beside its tensors
+_MAX_WORD_BYTES = 256  # mean length of a word: bounds what the compressed vocabulary may unpack to
 _MAX_BRACKETS = 2**18  # opening brackets in the header: bounds the objects that parsing may create
 _FIELD_TYPES = {
-    "version": int, "config": dict, "vocab_sha256": str, "matrices": dict, "xxh3": dict, "fp32_nbytes": int,
-    "made_by": dict,
+    "version": int, "config": dict, "vocab_sha256": str, "vocab_nbytes": int, "matrices": dict, "xxh3": dict,
+    "fp32_nbytes": int, "made_by": dict,
 }  # fmt: skip
 
 
@@ -77,6 +78,7 @@ class Header:
     """A packed file without its payload, every claim of it checked against the model configuration.
 
     Attributes:
+        vocab_nbytes: the words joined by newlines, before compression.
         entries: place of every tensor; checksums: xxh3_64 of its bytes, 16 hexadecimal digits.
         fp32_nbytes: size of the fp32 checkpoint that the file stands for; file_nbytes: of this file.
         made_by: provenance, as the packer wrote it.
@@ -84,6 +86,7 @@ class Header:
 
     config: ModelConfig
     vocab_sha256: str
+    vocab_nbytes: int
     matrices: dict[str, MatrixHeader]
     entries: dict[str, TensorEntry]
     checksums: dict[str, str]
@@ -131,9 +134,11 @@ def parse_header(stream: BinaryIO, file_nbytes: int) -> Header:
     _same_names(entries, metadata["xxh3"], "checksum of tensor")
     if metadata["fp32_nbytes"] < 4 * config.n_parameters():
         raise FormatError(f"fp32_nbytes {metadata['fp32_nbytes']} is less than the fp32 parameters take")
+    check_vocab_nbytes(metadata["vocab_nbytes"], config.vocab_size)
     return Header(
         config=config,
         vocab_sha256=metadata["vocab_sha256"],
+        vocab_nbytes=metadata["vocab_nbytes"],
         matrices=matrices,
         entries=entries,
         checksums=metadata["xxh3"],
@@ -146,12 +151,20 @@ def parse_header(stream: BinaryIO, file_nbytes: int) -> Header:
 def expected_tensors(
     config: ModelConfig, matrices: Mapping[str, MatrixHeader]
 ) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-    """Tensor name -> (dtype, shape) of a packed file; the vocabulary has any length (None)."""
+    """Tensor name -> (dtype, shape) of a packed file; the compressed vocabulary has any length (None)."""
     tensors: dict[str, tuple[str, tuple[int, ...] | None]] = {VOCAB: ("U8", None)}
     for name, matrix in matrices.items():
         tensors[f"{name}.codes"] = ("U8", matrix.codes_shape)
         tensors[f"{name}.scale"] = ("F16", matrix.scale_shape)
     return tensors | {name: ("F16", shape) for name, shape in config.vector_shapes().items()}
+
+
+def check_vocab_nbytes(nbytes: int, words: int) -> None:
+    """Raises FormatError unless ``words`` words can be ``nbytes`` bytes, newlines between them included."""
+    if not 2 * words - 1 <= nbytes <= _MAX_WORD_BYTES * words:
+        raise FormatError(
+            f"vocab_nbytes {nbytes}: {words} words take {2 * words - 1} to {_MAX_WORD_BYTES * words} bytes"
+        )
 
 
 def _header_bytes(stream: BinaryIO, file_nbytes: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import zlib
 
 import pytest
 import torch
@@ -59,7 +60,9 @@ def test_any_safetensors_reader_can_read_it(path, packed_model):
         name = next(n for n, m in packed_model.matrices.items() if m.table.name == "ternary")
         codes = unpack_ternary(file.get_tensor(f"{name}.codes"), packed_model.matrices[name].shape[1])
         assert torch.equal(codes, packed_model.matrices[name].to_quant_tensor().codes)
-        assert bytes(file.get_tensor("vocab").tolist()).decode().split("\n") == packed_model.vocab.tokens
+        assert (
+            zlib.decompress(bytes(file.get_tensor("vocab").tolist())).decode().split("\n") == packed_model.vocab.tokens
+        )
 
 
 def test_every_byte_is_accounted_for(path, packed_model):
@@ -154,6 +157,8 @@ def _spoil(model, how):
         model.vectors[vector][0] = math.nan
     elif how == "vocabulary":
         model.vocab = Vocab(model.vocab.tokens[:-1])
+    elif how == "long words":
+        model.vocab = Vocab([*model.vocab.tokens[:-1], "x" * 3000])
     elif how == "fp32 bytes":
         model.fp32_nbytes = 10
     elif how == "provenance":
@@ -177,6 +182,7 @@ def _spoil(model, how):
         ("vector shape", "'{v}' is"),
         ("vector overflow", "'{v}': magnitude 1e.06 does not fit in fp16"),
         ("vector nan", "'{v}'"),
+        ("long words", "vocab_nbytes .*: 11 words take 21 to 2816 bytes"),
         ("vocabulary", "10 words of vocabulary, the model has 11"),
         ("fp32 bytes", "fp32_nbytes 10"),
         ("provenance", "provenance is not JSON"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+import zlib
 
 import pytest
 
@@ -70,6 +71,7 @@ METADATA = {
     "fp32 bytes too few": (lambda m: m.update(fp32_nbytes=1), "fp32_nbytes"),
     "fp32 bytes text": (lambda m: m.update(fp32_nbytes="1"), "fp32_nbytes"),
     "vocabulary hash of another": (lambda m: m.update(vocab_sha256="0" * 64), "tensor 'vocab'.*hash"),
+    "vocabulary length true": (lambda m: m.update(vocab_nbytes=True), "'vocab_nbytes' must be of type int"),
     "vocabulary hash null": (lambda m: m.update(vocab_sha256=None), "vocab_sha256"),
 }
 
@@ -138,13 +140,55 @@ def test_codes(forge, reject, name, byte, value, reason):
         (b"</s>\n<unk>\na\nb\nc\nd\n\xff", "not UTF-8"),
         (b"</s>\n<unk>\na\nb\nc\nd\n\xed\xa0\x80", "not UTF-8"),
         (b"</s>\n<unk>\na\nb\nc\nd\nanother", "hash"),
-        (b"", "1 words"),
-        (b"\n" * 100_000, "100001 words"),
+        (b"\n" * 1000, "1001 words"),
     ],
 )
 def test_vocabulary(forge, reject, text, reason):
-    forge.tensors["vocab"] = ["U8", [len(text)], bytearray(text)]
+    set_vocab(forge, zlib.compress(text), len(text))
     reject(forge.build(), f"tensor 'vocab'.*{reason}")
+
+
+def set_vocab(forge, stream: bytes, nbytes: int) -> None:
+    forge.tensors["vocab"] = ["U8", [len(stream)], bytearray(stream)]
+    forge.metadata["vocab_nbytes"] = nbytes
+
+
+WORDS = b"</s>\n<unk>\na\nb\nc\nd\ne"
+
+
+@pytest.mark.parametrize(
+    ("stream", "nbytes", "reason"),
+    [
+        (WORDS, len(WORDS), "not a zlib stream"),
+        (b"", len(WORDS), "not one zlib stream"),
+        (zlib.compress(WORDS)[:-1], len(WORDS), "not one zlib stream"),
+        (zlib.compress(WORDS)[:-1] + b"\0", len(WORDS), "not a zlib stream"),
+        (zlib.compress(WORDS) + b"more", len(WORDS), "not one zlib stream"),
+        (zlib.compress(WORDS) * 2, len(WORDS), "not one zlib stream"),
+        (zlib.compress(WORDS), len(WORDS) - 1, "not one zlib stream of the 19 bytes"),
+        (zlib.compress(WORDS), len(WORDS) + 1, "not one zlib stream of the 21 bytes"),
+    ],
+)
+def test_vocabulary_stream(forge, reject, stream, nbytes, reason):
+    set_vocab(forge, stream, nbytes)
+    reject(forge.build(), f"tensor 'vocab'.*{reason}")
+
+
+@pytest.mark.parametrize("nbytes", [-1, 0, 12, 7 * 256 + 1, 2**62])
+def test_vocabulary_length(forge, reject, nbytes):
+    set_vocab(forge, zlib.compress(WORDS), nbytes)
+    reject(forge.build(), f"vocab_nbytes {nbytes}: 7 words take 13 to 1792 bytes")
+
+
+def test_a_decompression_bomb_stays_packed(forge, reject):
+    """64 MiB of newlines in 64 KiB: unpacked no further than the words may be."""
+    set_vocab(forge, zlib.compress(b"\n" * 2**26), 7 * 256)
+    data = forge.build()
+    tracemalloc.start()
+    reject(data, "tensor 'vocab': not one zlib stream of the 1792 bytes")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * len(data) + 2**20
 
 
 def test_claims_allocate_nothing(forge, reject):
