@@ -1,6 +1,6 @@
-// From how many rows M the panel kernel (`large`) beats the one that unpacks as it goes (`small`), per
-// instruction set and bits 1, 2, 4, 8. Measured, not derived: bench/crossover.py prints this table for a
-// machine.
+// From how many rows M the panel kernel (`large`) is chosen over the one that unpacks as it goes (`small`), per
+// instruction set and bits 1, 2, 4, 8. Set where a panel of rows is full (8 for scalar and AMX tiles of 16 rows half
+// used, 16 elsewhere), not yet tuned by timings.
 #pragma once
 
 #include "isa.h"
