@@ -86,6 +86,45 @@ def test_stamp(tmp_path):
     assert stamp.fresh() and not bootstrap.Stamp(str(tmp_path), "packages", "two").fresh()
 
 
+@pytest.fixture
+def environment(tmp_path, monkeypatch) -> tuple[Path, list[str]]:
+    """An environment with Python 3.11.7, and what would be run to make another."""
+    venv, commands = tmp_path / ".venv", []
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    (venv / "pyvenv.cfg").write_text("home = /usr\nversion = 3.11.7\n")
+
+    def step(_text, *command):
+        commands.append(" ".join(command[1:]))
+        venv.mkdir(exist_ok=True)
+
+    monkeypatch.setattr(bootstrap, "step", step)
+    monkeypatch.setattr(bootstrap, "missing", lambda: [])
+    return venv, commands
+
+
+def test_an_environment_is_kept(environment):
+    venv, commands = environment
+    assert bootstrap.prepare(str(venv), False) == str(venv / "bin" / "python") and not commands
+
+
+def test_an_environment_of_another_python_is_made_anew_where_one_was_chosen(environment, monkeypatch):
+    venv, commands = environment
+    monkeypatch.setattr(bootstrap, "VERSION", "3.12.1")
+    bootstrap.prepare(str(venv), False)
+    assert not commands
+    bootstrap.prepare(str(venv), True)
+    assert commands == [f"-m venv --clear {venv}"]
+
+
+def test_a_moved_environment_is_made_anew(environment):
+    venv, commands = environment
+    (venv / "lowbit-place").write_text("/another/folder/.venv")
+    bootstrap.prepare(str(venv), False)
+    assert commands == [f"-m venv --clear {venv}"]
+    assert (venv / "lowbit-place").read_text() == str(venv)
+
+
 def pins(python: str) -> dict[str, str]:
     """Name -> version of constraints.txt for one Python."""
     found = {}

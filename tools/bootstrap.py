@@ -131,8 +131,12 @@ def stop_lacking(lacking):
 def prepare(venv, chosen):
     """Make the environment, or make it anew where another interpreter was asked for."""
     python = os.path.join(venv, "bin", "python")
+    place = Stamp(venv, "place", venv)
     if os.path.exists(python) and chosen and version_of(venv) != VERSION:
         print(f"setup: {venv} has Python {version_of(venv)}, not {VERSION}: making it anew", flush=True)
+        shutil.rmtree(venv)
+    elif os.path.isfile(place.path) and not place.fresh():
+        print(f"setup: {venv} was made in another folder, where its commands still point: making it anew", flush=True)
         shutil.rmtree(venv)
     if os.path.exists(python) and subprocess.call([python, "-m", "pip", "--version"], stdout=subprocess.DEVNULL) == 0:
         return python
@@ -140,6 +144,7 @@ def prepare(venv, chosen):
     if lacking:
         stop_lacking(lacking)
     step(f"virtual environment {venv}, Python {VERSION}", sys.executable, "-m", "venv", "--clear", venv)
+    place.write()
     return python
 
 
