@@ -91,7 +91,9 @@ def environment(tmp_path, monkeypatch) -> tuple[Path, list[str]]:
     """An environment with Python 3.11.7, and what would be run to make another."""
     venv, commands = tmp_path / ".venv", []
     (venv / "bin").mkdir(parents=True)
-    (venv / "bin" / "python").symlink_to(sys.executable)
+    python = venv / "bin" / "python"
+    python.write_text("#!/bin/sh\n")  # answers `-m pip --version`
+    python.chmod(0o755)
     (venv / "pyvenv.cfg").write_text("home = /usr\nversion = 3.11.7\n")
 
     def step(_text, *command):
