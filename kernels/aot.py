@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lowbit.errors import LowbitError
-from lowbit.kernels.config import BUCKETS, CONFIGS, GEMV_MAX_ROWS, fit_group
+from lowbit.kernels.config import BUCKETS, CONFIGS, GEMV_MAX_ROWS, REDUCE_BLOCK, fit_group
 from lowbit.tables import BITS, DEFAULT_TABLE, TABLES
 
 _K = 4096  # decides only whether scales are grouped
@@ -25,12 +25,16 @@ _K = 4096  # decides only whether scales are grouped
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation: the table's name fixes the bits; ``bucket`` indexes config.BUCKETS; group 0: row scales."""
+    """One specialisation: the table's name fixes the bits; ``bucket`` indexes config.BUCKETS; group 0: row scales.
+
+    ``split``: a GEMV that writes fp32 partial sums instead of y.
+    """
 
     table: str
     bucket: int
     group: int = 0
     dtype: str = "fp16"
+    split: bool = False
 
     @property
     def bits(self) -> int:
@@ -41,9 +45,10 @@ class Variant:
 SMALL = (
     Variant("midrise4", 0),
     Variant("binary", 0, 64),
-    Variant("midrise2", 1),
+    Variant("midrise2", 1, split=True),
     Variant("pow2_4", 2, 128),
     Variant("int8", 4, 0, "bf16"),
+    None,
 )
 ALL = tuple(
     Variant(table, bucket, group, dtype)
@@ -51,7 +56,7 @@ ALL = tuple(
     for bucket in range(len(BUCKETS))
     for group in (0, 64)
     for dtype in ("fp16", "bf16")
-)
+) + (None,)
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,8 @@ class Usage:
     mma: int
 
 
-def compile_variant(variant: Variant, arch: int) -> Usage:
-    """Compile for ``sm_<arch>`` as the launcher would for aligned shapes.
+def compile_variant(variant: Variant | None, arch: int) -> Usage:
+    """Compile for ``sm_<arch>`` as the launcher would for aligned shapes; None is the reduction of partial sums.
 
     Raises:
         LowbitError: Triton or its CUDA tools are missing, or Triton runs as an interpreter.
@@ -82,7 +87,8 @@ def compile_variant(variant: Variant, arch: int) -> Usage:
         from triton.compiler import ASTSource
     except ImportError as error:
         raise LowbitError(f"compiling kernels needs Triton, which cannot be imported ({error})") from None
-    kernel, signature, constants, options = _source(variant)
+    kernel, constants, kinds, options = _linear(variant) if variant else _reduction()
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
     if not isinstance(kernel, triton.JITFunction):
         raise LowbitError("TRITON_INTERPRET is set: kernels are interpreted, not compiled")
     # What the launcher's arguments are: 16-byte aligned pointers, sizes and strides divisible by 16. M is not (an
@@ -90,7 +96,7 @@ def compile_variant(variant: Variant, arch: int) -> Usage:
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind != "constexpr" and name != "m"
+        if kind != "constexpr" and name not in ("m", "splits")
     }
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -99,8 +105,16 @@ def compile_variant(variant: Variant, arch: int) -> Usage:
     return Usage(registers, stack, compiled.metadata.shared, ptx.count("wgmma.mma_async"), ptx.count("mma.sync"))
 
 
-def _source(variant: Variant) -> tuple:
-    """Kernel, signature, constants and options of a variant."""
+def _reduction() -> tuple:
+    """As :func:`_linear`."""
+    from lowbit.kernels.gemv import reduce_kernel
+
+    kinds = {"partial": "*fp32", "bias": "*fp32", "y": "*fp16"}
+    return reduce_kernel, {"HAS_BIAS": True, "BLOCK_N": REDUCE_BLOCK}, kinds, {"enable_fp_fusion": True}
+
+
+def _linear(variant: Variant) -> tuple:
+    """Kernel, compile-time arguments, types of the others (int32 where not named) and options of a variant."""
     import triton.language as tl
 
     from lowbit.kernels.gemm import gemm_kernel
@@ -112,14 +126,13 @@ def _source(variant: Variant) -> tuple:
     kernel = gemv_kernel if gemv else gemm_kernel
     a, b = TABLES[variant.table].affine or (0, 0)
     constants = {
-        "BITS": variant.bits, "A": a, "B": b, "GROUP": variant.group, "HAS_BIAS": True,
+        "BITS": variant.bits, "A": a, "B": b, "GROUP": variant.group, "HAS_BIAS": not variant.split,
         "OPERAND": tl.float16 if variant.dtype == "fp16" else tl.bfloat16,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-    } | ({"SPLIT_K": 1} if gemv else {})  # fmt: skip
+    }  # fmt: skip
     kinds = {"x": f"*{variant.dtype}", "codes": "*u8", "scales": "*fp16", "table": "*i8", "bias": "*fp32"}
-    kinds |= dict.fromkeys(("out", "y"), f"*{variant.dtype}")
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
-    return kernel, signature, constants, {"num_warps": config.warps, "num_stages": config.stages}
+    kinds |= dict.fromkeys(("out", "y"), "*fp32" if variant.split else f"*{variant.dtype}")
+    return kernel, constants, kinds, config.options
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -149,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
         for arch in args.arch:
             for variant in SMALL if args.variants == "small" else ALL:
                 usage = compile_variant(variant, arch)
-                print(json.dumps({"arch": arch, **asdict(variant), **asdict(usage)}), flush=True)
+                what = asdict(variant) if variant else {"table": "reduce"}
+                print(json.dumps({"arch": arch, **what, **asdict(usage)}), flush=True)
     except LowbitError as error:
         print(f"lowbit: error: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from lowbit.errors import LowbitError
 from lowbit.tables import BITS
 
 GEMV_MAX_ROWS = 16
+REDUCE_BLOCK = 256  # outputs a program of the kernel that adds partial sums
 BUCKETS = (1, 16, 64, 256, None)  # most rows of activations in a bucket; None: any number
 _MAX_ACCUMULATOR = 256 * 128  # fp32 elements a program: 128 registers a thread at 8 warps
 _MAX_SHARED = 160 * 1024  # bytes for pipelined tiles; sm_80 has 163 KiB, sm_90 227 KiB
@@ -60,6 +61,11 @@ class KernelConfig:
     def shared_bytes(self) -> int:
         """Upper bound for the pipelined tiles: 2-byte activations and codes of at most one byte."""
         return self.stages * self.block_k * (2 * self.block_m + self.block_n)
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Compile options. Fused multiply-adds are asked for by name: Triton's default is about to change."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 def bucket_of(rows: int) -> int:

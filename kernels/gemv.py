@@ -17,18 +17,18 @@ from lowbit.kernels.dequant import load_levels, load_scales
 def gemv_kernel(
     x, codes, scales, table, bias, out, m, n, k, x_stride, y_stride,
     BITS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    OPERAND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    OPERAND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] fp16/bf16, M <= BLOCK_M; codes, scales, table: a GpuWeight's; bias [N] or unused.
 
-    out: y [M, N] (SPLIT_K = 1), or fp32 partial sums [SPLIT_K, M, N], scaled, without the bias.
+    out: y [M, N], or with several splits fp32 partial sums [splits, M, N], scaled; HAS_BIAS is then False.
     GROUP: inputs a scale, a multiple of BLOCK_K; 0 for one scale a row. OPERAND: dtype of tensor-core operands.
     """
     n_first = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
     iterations = tl.cdiv(k, BLOCK_K)
-    first = iterations * split // SPLIT_K
-    last = iterations * (split + 1) // SPLIT_K
+    first = iterations * split // tl.num_programs(1)
+    last = iterations * (split + 1) // tl.num_programs(1)
     columns = n_first + tl.arange(0, BLOCK_N)
 
     if BLOCK_M == 1:
@@ -41,7 +41,7 @@ def gemv_kernel(
         total *= load_scales(scales, 0, columns, n)[:, None]
 
     rows = tl.arange(0, BLOCK_M)
-    if HAS_BIAS and SPLIT_K == 1:
+    if HAS_BIAS:
         total += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
     mask = (columns < n)[:, None] & (rows < m)[None, :]
     start = out + split.to(tl.int64) * m * n
@@ -61,9 +61,7 @@ def _row_sum(
     for i in range(first, last):
         at = i * BLOCK_K + inputs
         row = tl.load(x + at, mask=at < k, other=0.0).to(tl.float32)
-        level = load_levels(
-            codes, table, i * (BLOCK_K // 64), n_first, n, k, BITS, A, B, BLOCK_N, BLOCK_K, tl.float32
-        )
+        level = load_levels(codes, table, i * (BLOCK_K // 64), n_first, n, k, BITS, A, B, BLOCK_N, BLOCK_K, tl.float32)
         if GROUP > 0:
             level *= load_scales(scales, i * BLOCK_K // GROUP, columns, n)[:, None]
         sums += level * row[None, :]
@@ -96,16 +94,15 @@ def _tile_sum(
 
 @triton.jit
 def reduce_kernel(
-    partial, bias, y, m, n, y_stride,
-    HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    partial, bias, y, splits, m, n, y_stride, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """y[M, N] = sum over splits of partial fp32 [SPLIT_K, M, N], plus the bias. Program (i, row)."""
+    """y [M, N] = sum of partial fp32 [splits, M, N], plus the bias. Program (i, row) has BLOCK_N outputs of a row."""
     row = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = columns < n
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for split in range(SPLIT_K):
-        total += tl.load(partial + (split * m + row).to(tl.int64) * n + columns, mask=mask, other=0.0)
+    for split in range(splits):
+        total += tl.load(partial + (split * m + row) * n + columns, mask=mask, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + row * y_stride + columns, total.to(y.dtype.element_ty), mask=mask)

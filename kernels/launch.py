@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.kernels.config import GEMV_MAX_ROWS, KernelConfig, find_config, fit_group, splits
+from lowbit.kernels.config import GEMV_MAX_ROWS, REDUCE_BLOCK, KernelConfig, find_config, fit_group, splits
 from lowbit.kernels.weight import GpuWeight
 from lowbit.quantize import describe
 
 _INPUTS = (torch.float16, torch.bfloat16)
 _OUTPUTS = (torch.float16, torch.bfloat16, torch.float32)
-_REDUCE_BLOCK = 256
 
 
 def linear(
@@ -72,7 +71,7 @@ def _check(x: torch.Tensor, weight: GpuWeight, bias: torch.Tensor | None) -> tup
         if bias.device != x.device:
             raise LowbitError(f"bias is on {bias.device}, x on {x.device}")
     if weight.device != x.device:
-        raise LowbitError(f"the weight is on {weight.device}, x on {x.device}: move it with weight.to({str(x.device)!r})")
+        raise LowbitError(f"the weight is on {weight.device}, x on {x.device}: move it with weight.to(x.device)")
     x2 = x.reshape(-1, k) if x.numel() else x.new_empty(0, k)
     return (x2 if x2.stride(1) == 1 else x2.contiguous()), x2.shape[0]
 
@@ -134,13 +133,11 @@ def _gemv(x: torch.Tensor, w: GpuWeight, bias: torch.Tensor | None, y: torch.Ten
     out = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
     gemv_kernel[(-(-n // config.block_n), parts)](
         x, w.codes, w.scales, w.table, y if bias is None else bias, out, m, n, k, x.stride(0), n,
-        **kernel_constants(w, config, bias is not None, x.dtype, interpreted()), SPLIT_K=parts,
-        num_warps=config.warps, num_stages=config.stages,
+        **kernel_constants(w, config, bias is not None and parts == 1, x.dtype, interpreted()), **config.options,
     )  # fmt: skip
     if parts > 1:
-        reduce_kernel[(-(-n // _REDUCE_BLOCK), m)](
-            out, y if bias is None else bias, y, m, n, n,
-            HAS_BIAS=bias is not None, SPLIT_K=parts, BLOCK_N=_REDUCE_BLOCK,
+        reduce_kernel[(-(-n // REDUCE_BLOCK), m)](
+            out, y if bias is None else bias, y, parts, m, n, n, HAS_BIAS=bias is not None, BLOCK_N=REDUCE_BLOCK,
         )  # fmt: skip
 
 
@@ -151,6 +148,5 @@ def _gemm(x: torch.Tensor, w: GpuWeight, bias: torch.Tensor | None, y: torch.Ten
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
     gemm_kernel[(tiles,)](
         x, w.codes, w.scales, w.table, y if bias is None else bias, y, m, n, k, x.stride(0), n,
-        **kernel_constants(w, config, bias is not None, x.dtype, interpreted()),
-        num_warps=config.warps, num_stages=config.stages,
+        **kernel_constants(w, config, bias is not None, x.dtype, interpreted()), **config.options,
     )  # fmt: skip

@@ -10,8 +10,8 @@ CHUNKS. W [N, K] is cut along K into chunks of 64 inputs (zero codes pad the las
     inputs 64..127  |8*bits bytes|8*bits bytes|8*bits bytes|  ...  |8*bits bytes|
 
 A tile of BLOCK_N outputs x 64 inputs is therefore ONE run of BLOCK_N * 8 * bits contiguous bytes, whatever the bit
-width: every warp reads whole 32-byte sectors, 16 bytes a thread, also at 1 bit, where a row of a row-major matrix
-would give 8 bytes and waste three quarters of each sector. 64 inputs is the grain of `group`, so that a chunk never
+width: every warp reads whole 32-byte sectors with wide loads, also at 1 bit, where a row of a row-major matrix would
+give 8 bytes and waste three quarters of each sector. 64 inputs is the grain of `group`, so that a chunk never
 straddles two scales, and 128 bytes of fp16 activations, the widest shared-memory swizzle of tensor-core operands.
 
 PLANES. In a chunk, byte j holds the inputs j, j + S, j + 2S ... of its 8 / bits planes, S = 8 * bits:
@@ -79,7 +79,13 @@ class GpuWeight:
     __slots__ = ("affine", "bits", "codes", "group", "scales", "shape", "table")
 
     def __init__(
-        self, codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, shape: tuple[int, int], bits: int, group: int
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        table: torch.Tensor,
+        shape: tuple[int, int],
+        bits: int,
+        group: int,
     ):
         n, k = (int(size) for size in shape)
         if bits not in BITS or n <= 0 or k <= 0:
