@@ -67,6 +67,14 @@ def test_an_old_python_says_so(monkeypatch):
     assert "Python 3.10 or newer" in what
 
 
+def test_a_step_is_quiet_unless_it_fails(capfd):
+    bootstrap.step("a good step", sys.executable, "-c", "print('chatter')")
+    assert capfd.readouterr().out == "setup: a good step\n"
+    with pytest.raises(SystemExit, match="failed: "):
+        bootstrap.step("a bad step", sys.executable, "-c", "print('the reason'); raise SystemExit(3)")
+    assert "the reason" in capfd.readouterr().out
+
+
 def test_digest_follows_bytes_not_dates(tmp_path, monkeypatch):
     monkeypatch.setattr(bootstrap, "ROOT", str(tmp_path))
     (tmp_path / "csrc").mkdir()

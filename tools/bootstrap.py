@@ -19,6 +19,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OLDEST = (3, 10)
 BUILD_TOOLS = ("pip>=23.1", "setuptools>=77", "pybind11", "cmake", "ninja")
 EXTRAS = "dev,plot"
+FAILURE_LINES = 60
 PACKAGE_SOURCES = ("pyproject.toml", "constraints.txt")
 EXTENSION_SOURCES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "csrc")
 VERSION = sys.version.split()[0]
@@ -82,10 +83,12 @@ def digest(paths, *more):
 
 
 def step(text, *command):
-    """Say what happens, run it, and stop where it fails."""
+    """Say what happens, run it quietly, and stop with the end of its output where it fails."""
     print("setup: " + text, flush=True)
     started = time.time()
-    if subprocess.call(command, cwd=ROOT):
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.stdout.write("".join(done.stdout.decode(errors="replace").splitlines(True)[-FAILURE_LINES:]))
         stop("failed: " + " ".join(command))
     if time.time() - started > 5:
         print(f"setup:   done in {time.time() - started:.0f} s", flush=True)
@@ -160,7 +163,7 @@ def main():
     python = prepare(venv, args.chosen)
     packages = Stamp(venv, "packages", digest(PACKAGE_SOURCES, EXTRAS))
     extension = Stamp(venv, "extension", digest(EXTENSION_SOURCES, *os.environ.get("CXX", "").split()))
-    more = ["-q", "--disable-pip-version-check", *shlex.split(os.environ.get("PIP_ARGS", ""))]
+    more = ["--disable-pip-version-check", "--progress-bar=off", *shlex.split(os.environ.get("PIP_ARGS", ""))]
     pip = [python, "-m", "pip", "install", *more, "-c", "constraints.txt"]
     if not packages.fresh():
         step("build tools: setuptools, pybind11, cmake, ninja", *pip, *BUILD_TOOLS)
