@@ -14,7 +14,7 @@ import torch
 from lowbit import ops
 from lowbit.backend import Backend, TorchBackend
 from lowbit.config import ModelConfig
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, check_seed
 from lowbit.files import PathLike
 from lowbit.forest import Chain, chains, check_stride, tries, windows
 from lowbit.loading import load_model
@@ -213,6 +213,7 @@ class LanguageModel:
             )
         if top_k is not None and top_k < 1:
             raise LowbitError(f"generate: top_k must be at least 1, not {top_k}")
+        check_seed(seed)
         rng = np.random.default_rng(seed)
         ids, _ = self.vocab.encode(prompt)
         state, words = self._decoder.begin(ids), prompt.split()

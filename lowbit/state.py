@@ -104,6 +104,8 @@ def sample(log_probs: np.ndarray, temperature: float, top_k: int | None, rng: np
         return int(log_probs.argmax())
     # Stable, so that the k best are the same words wherever several are equally probable.
     kept = np.argsort(-log_probs, kind="stable")[: top_k or len(log_probs)]
-    scaled = log_probs[kept].astype(np.float64) / temperature
-    weights = np.exp(scaled - scaled.max())
+    logits = log_probs[kept].astype(np.float64)
+    # The largest is subtracted first: divided by a tiny temperature it would be minus infinity itself.
+    with np.errstate(over="ignore"):
+        weights = np.exp((logits - logits.max()) / temperature)
     return int(kept[rng.choice(len(kept), p=weights / weights.sum())])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, check_seed
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def tune(
             at which the feature outweighs the base score.
         directions: random directions tried in every round.
     """
+    check_seed(seed)
     rng = np.random.default_rng(seed)
     high = 100 * surface.scale
     low = np.maximum(np.asarray(lower, dtype=np.float64), -high)

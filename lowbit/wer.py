@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, check_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +108,7 @@ def bootstrap(
     Args:
         errors, ref_words, other: int [U], per utterance.
     """
+    check_seed(seed)
     rng = np.random.default_rng(seed)
     gain = errors if other is None else errors - other
     count = len(ref_words)

@@ -233,7 +233,13 @@ def test_generate_samples_the_distribution(one):
         assert abs(drawn.count(word) / 400 - p) < 5 * math.sqrt(p * (1 - p) / 400) + 1e-9
 
 
+def test_a_vanishing_temperature_is_greedy(one):
+    assert one.generate("a", 20, temperature=1e-310, seed=5) == one.generate("a", 20, temperature=0)
+
+
 def test_bad_generate(one):
+    with pytest.raises(LowbitError, match="seed must be an integer from 0, not -1"):
+        one.generate("a", 3, seed=-1)
     for options in ({"max_new_tokens": -1}, {"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}):
         with pytest.raises(LowbitError, match="must be at least"):
             one.generate("a", **({"max_new_tokens": 3} | options))

@@ -72,7 +72,15 @@ def test_generate(models, capsys):
     first = as_json(capsys, generate, models["packed"], *options)
     assert first["text"].startswith("a b") and len(first["text"].split()) <= 7
     assert generate.main([models["packed"], *map(str, options)]) == 0
-    assert capsys.readouterr().out.strip() == first["text"]
+    assert capsys.readouterr() == (first["text"] + "\n", "")
+
+
+def test_generate_reports_unknown_words_of_the_prompt(models, capsys):
+    assert generate.main([models["packed"], "--prompt", "a never b", "--seed", "3"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("a never b")
+    assert captured.err == "lowbit generate: 1 of 3 words of the prompt unknown, read as <unk>\n"
+    assert as_json(capsys, generate, models["packed"], "--prompt", "a never b", "--seed", 3)["n_oov"] == 1
 
 
 def test_rescore_tunes_applies_and_reports(models, lists, tmp_path, capsys):
@@ -172,6 +180,9 @@ def test_bad_commands(models, lists, tmp_path, capsys):
         (evaluate, (cut, "--text", text), "cut.lowbit"),
         (evaluate, (fp32, "--text", text, "--stride", 99), "stride must lie between 1 and"),
         (generate, (fp32, "--top-k", 0), "top_k must be at least 1"),
+        (generate, (fp32, "--seed", -1), "seed must be an integer from 0, not -1"),
+        (rescore, (fp32, *nbest, "--tune", "--seed", -1), "seed must be an integer from 0"),
+        (wer, (lists, "--seed", -1), "seed must be an integer from 0"),
         (rescore, (fp32, *nbest), "give the weights once"),
         (rescore, (fp32, *nbest, "--lm-weight", 1, "--weights", none), "give the weights once"),
         (rescore, (fp32, *nbest, "--tune", "--lm-weight", 1), "leave --lm-weight out"),

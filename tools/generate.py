@@ -25,9 +25,12 @@ def parser() -> argparse.ArgumentParser:
 
 def body(args: argparse.Namespace) -> dict[str, Any]:
     lm = load_engine(args)
+    n_words, n_oov = len(args.prompt.split()), lm.vocab.encode(args.prompt)[1]
     text = lm.generate(args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed)
     cli.console(args).print(text, markup=False, soft_wrap=True)
-    return {"text": text, "prompt": args.prompt, "seed": args.seed, "engine": lm.describe()}
+    if n_oov:
+        print(f"lowbit generate: {n_oov} of {n_words} words of the prompt unknown, read as <unk>", file=sys.stderr)
+    return {"text": text, "prompt": args.prompt, "n_oov": n_oov, "seed": args.seed, "engine": lm.describe()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
