@@ -16,17 +16,25 @@ from lowbit.errors import LowbitError
 PathLike = str | os.PathLike[str]
 
 
+def check_writable(path: PathLike) -> None:
+    """Raises LowbitError unless a file can be written at ``path``: before long work, where it costs nothing."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise LowbitError(f"{path}: cannot write: the folder {path.parent} does not exist")
+    if path.exists() and not path.is_file():
+        # Renaming onto /dev/null or a pipe would replace the device itself.
+        raise LowbitError(f"{path}: cannot write: exists and is not a regular file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise LowbitError(f"{path}: cannot write: the folder {path.parent} is read-only")
+
+
 @contextlib.contextmanager
 def atomic_path(path: PathLike) -> Iterator[Path]:
     """Yield a temporary path in the same folder; fsync and rename it to ``path`` on success, remove it on failure."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if not path.parent.is_dir():
-            raise LowbitError(f"{path}: cannot write: the folder {path.parent} does not exist")
-        if path.exists() and not path.is_file():
-            # Renaming onto /dev/null or a pipe would replace the device itself.
-            raise LowbitError(f"{path}: cannot write: exists and is not a regular file")
+        check_writable(path)
         yield temporary
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())

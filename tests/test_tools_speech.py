@@ -192,6 +192,8 @@ def test_bad_commands(models, lists, tmp_path, capsys):
         (rescore, (fp32, "--nbest", bare, "--out", out, "--tune"), "utterance 'u1' has no 'ref'"),
         (rescore, (fp32, "--nbest", lists, "--out", none / "x", "--lm-weight", 1), "does not exist"),
         (rescore, (fp32, *nbest, "--tune", "--weights", none / "w.json"), "does not exist"),
+        (rescore, (fp32, *nbest, "--tune", "--weights", tmp_path), "not a regular file"),
+        (rescore, (fp32, "--nbest", lists, "--out", tmp_path, "--lm-weight", 1), "not a regular file"),
         (wer, (text,), "needs hypotheses"),
         (wer, (bare,), "utterance 'u1' has no 'ref'"),
         (wer, (text, lists), "2 utterances, but"),

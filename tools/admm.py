@@ -79,8 +79,8 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
         extra_gradient=args.extra_gradient,
     )  # fmt: skip
     dropout = replace(config, dropout=config.dropout.scaled(options.dropout_scale)).dropout  # checked again
-    device, precision, parallel = prepare_run(args, config.seed)
     corpora = Corpora.read(args.data, config, checkpoint.vocab)
+    device, precision, parallel = prepare_run(args, config.seed)
     model = checkpoint.build_model().to(device)
     model.dropout = dropout
     torch.manual_seed(config.seed * 1000 + parallel.rank)

@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lowbit.tools import cli
@@ -61,6 +60,7 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
 def check_arguments(args: argparse.Namespace) -> None:
     """Exactly one source of weights, and folders that exist: found out before the work, not after it."""
     from lowbit.errors import LowbitError
+    from lowbit.files import check_writable
 
     if args.tune and args.lm_weight is not None:
         raise LowbitError("--tune finds the weights: leave --lm-weight out")
@@ -69,8 +69,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.length_bonus is not None and args.lm_weight is None:
         raise LowbitError("--length-bonus goes with --lm-weight")
     for path in (args.out, args.weights if args.tune else None):
-        if path and not Path(path).parent.is_dir():
-            raise LowbitError(f"{path}: cannot write: the folder {Path(path).parent} does not exist")
+        if path:
+            check_writable(path)
 
 
 def given_weights(args: argparse.Namespace) -> Any:

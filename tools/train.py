@@ -50,8 +50,8 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
     overrides = {k: getattr(args, k) for k in ("epochs", "seed", "lr") if getattr(args, k) is not None}
     config = replace(config, **overrides, dropout=config.dropout.scaled(args.dropout_scale))
     init = None if args.init is None else Checkpoint.load(args.init)
-    device, precision, parallel = prepare_run(args, config.seed)
     corpora = Corpora.read(args.data, config, init.vocab if init else None)
+    device, precision, parallel = prepare_run(args, config.seed)
     model_config = ModelConfig.from_dict(_model_fields(config, len(corpora.vocab)))
     if init and init.config != model_config:
         raise LowbitError(f"--init {args.init}: a model of another shape than --config {args.config} asks for")

@@ -6,13 +6,13 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from lowbit.errors import LowbitError
+from lowbit.files import check_writable
 from lowbit.tools.training.config import TrainConfig
-from lowbit.tools.training.data import Batches, Sentences, TokenStream, has_unk, read_corpus
+from lowbit.tools.training.data import Batches, Sentences, TokenStream, corpus_file, has_unk, read_corpus
 from lowbit.tools.training.loop import has_fast_bf16, pick_device
 from lowbit.tools.training.parallel import Parallel
 from lowbit.vocab import Vocab
@@ -33,7 +33,12 @@ class Corpora:
         vocab = vocab or Vocab.build(text["train"], config.min_count, config.max_vocab)
         source = TokenStream if config.mode == "stream" else Sentences
         rare = 0.0 if has_unk(text["train"]) else config.rare_to_unk
-        streams = {split: source(lines, vocab, config.seq_len) for split, lines in text.items()}
+        streams = {}
+        for split, lines in text.items():
+            try:
+                streams[split] = source(lines, vocab, config.seq_len)
+            except LowbitError as error:
+                raise LowbitError(f"{corpus_file(folder, split)}: {error}") from None
         return cls(
             vocab,
             Batches(streams["train"], config.batch_size, rare, config.seed),
@@ -51,9 +56,10 @@ def add_run_options(p: argparse.ArgumentParser) -> None:
 
 def prepare_run(args: argparse.Namespace, seed: int) -> tuple[torch.device, str, Parallel]:
     """Device, precision and place among processes; says aloud what runs. Checks ``--out`` before hours of work."""
-    if not Path(args.out).resolve().parent.is_dir():
-        raise LowbitError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
-    if args.threads:
+    check_writable(args.out)
+    if args.threads is not None:
+        if args.threads < 1:
+            raise LowbitError(f"--threads must be at least 1, not {args.threads}")
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
     precision = args.precision
