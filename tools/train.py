@@ -73,8 +73,8 @@ def _model_fields(config: TrainConfig, vocab_size: int) -> dict[str, Any]:
     defaults = ModelConfig(vocab_size).to_dict()
     if unknown := sorted(set(config.model) - set(defaults)):
         raise LowbitError(f"training config: unknown model field {unknown[0]!r}; known: {', '.join(defaults)}")
-    fields = defaults | config.model | {"vocab_size": vocab_size}
-    fields["max_len"] = max(fields["max_len"], config.seq_len)
+    # Positions beyond those that training read are never learned: a longer context makes perplexity worse, not better.
+    fields = defaults | {"max_len": config.seq_len} | config.model | {"vocab_size": vocab_size}
     return fields
 
 

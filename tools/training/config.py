@@ -19,7 +19,8 @@ class TrainConfig:
     """How a full-precision model is trained.
 
     Attributes:
-        model: fields of :class:`lowbit.config.ModelConfig` but the vocabulary size.
+        model: fields of :class:`lowbit.config.ModelConfig` but the vocabulary size; the context (``max_len``) is
+            ``seq_len`` unless given.
         mode: "stream" reads the corpus as one text, "sentence" reads every line by itself (for N-best rescoring).
         min_count, max_vocab: which words enter the vocabulary.
         rare_to_unk: rate at which a word seen once is read as ``<unk>``, where the text marks none itself.
