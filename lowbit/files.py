@@ -67,6 +67,17 @@ def open_text(path: PathLike) -> IO[str]:
         raise LowbitError(f"{path}: cannot read: {error.strerror or error}") from None
 
 
+def not_utf8(path: PathLike) -> LowbitError:
+    """The error for a text that does not decode. Reads it again: decoding in blocks does not tell the line."""
+    with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return LowbitError(f"{path}: line {number} is not UTF-8 text")
+    return LowbitError(f"{path}: not UTF-8 text")
+
+
 def read_lines(path: PathLike) -> list[str]:
     """Lines of a text file without their ends; undecodable bytes are an error that names the line."""
     with open_text(path) as stream:
@@ -74,7 +85,7 @@ def read_lines(path: PathLike) -> list[str]:
         try:
             lines.extend(line.rstrip("\n") for line in stream)
         except UnicodeDecodeError:
-            raise LowbitError(f"{path}: line {len(lines) + 1} or later is not UTF-8 text") from None
+            raise not_utf8(path) from None
         except (OSError, EOFError, zlib.error) as error:
             raise LowbitError(f"{path}: cannot read: {error}") from None
     return lines

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowbit.errors import LowbitError
-from lowbit.files import PathLike, atomic_path, open_text
+from lowbit.files import PathLike, atomic_path, not_utf8, open_text
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,6 @@ def read_nbest(path: PathLike) -> Iterator[NBest]:
             finite number or is missing in part of a list, or a file without any list.
     """
     seen: dict[str, int] = {}
-    number = 0
     with open_text(path) as stream:
         try:
             for number, line in enumerate(stream, 1):
@@ -118,7 +117,7 @@ def read_nbest(path: PathLike) -> Iterator[NBest]:
                     raise LowbitError(f"{where}: utterance {utterance.id!r} occurs twice, first on line {first}")
                 yield utterance
         except UnicodeDecodeError:
-            raise LowbitError(f"{path}: line {number + 1} or later is not UTF-8 text") from None
+            raise not_utf8(path) from None
         except (OSError, EOFError) as error:
             raise LowbitError(f"{path}: cannot read: {error}") from None
     if not seen:
