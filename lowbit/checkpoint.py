@@ -99,9 +99,11 @@ class Checkpoint:
             raise LowbitError(f"{path}: no such checkpoint file")
         try:
             with safe_open(str(path), framework="pt") as stream:
-                raw = (stream.metadata() or {}).get(METADATA_KEY)
-                if raw is None:
-                    raise FormatError(f"{path}: not a lowbit checkpoint (no {METADATA_KEY!r} metadata)")
+                found = stream.metadata() or {}
+                if METADATA_KEY not in found:
+                    hint = "; it is a packed model, whose name ends in .lowbit" if "lowbit" in found else ""
+                    raise FormatError(f"{path}: not a lowbit checkpoint (no {METADATA_KEY!r} metadata){hint}")
+                raw = found[METADATA_KEY]
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError) as error:
             raise FormatError(f"{path}: not a safetensors file: {error}") from None
@@ -109,7 +111,7 @@ class Checkpoint:
             return cls._from_parts(tensors, json.loads(raw))
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from None
-        except (LowbitError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LowbitError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise FormatError(f"{path}: damaged metadata: {error}") from None
 
     @classmethod
@@ -135,8 +137,13 @@ class Checkpoint:
         if plan:
             plan.validate(config)
             _check_scales(config, plan, scales)
+        residual, info = metadata["residual"], metadata["info"]
+        if residual is not None and (type(residual) not in (int, float) or not residual >= 0):
+            raise FormatError(f"residual must be a number from 0 or null, not {residual!r}")
+        if not isinstance(info, dict):
+            raise FormatError(f"info must be an object, not {type(info).__name__}")
         ordered = {name: tensors[name] for name in expected}
-        return cls(config, vocab, ordered, plan, scales, metadata["residual"], metadata["info"])
+        return cls(config, vocab, ordered, plan, scales, residual, info)
 
 
 def _check_scales(config: ModelConfig, plan: Plan, scales: dict[str, torch.Tensor]) -> None:

@@ -118,8 +118,8 @@ def parse_header(stream: BinaryIO, file_nbytes: int) -> Header:
         header = load_json(raw.decode(), "header")
     except UnicodeDecodeError:
         raise FormatError("the header is not UTF-8 text") from None
+    metadata = _metadata(header.get("__metadata__"))  # first: another tool's file is named as such
     entries = _entries(header, payload=8 + len(raw))
-    metadata = _metadata(header.get("__metadata__"))
     try:
         config = ModelConfig.from_dict(metadata["config"])
     except LowbitError as error:

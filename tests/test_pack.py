@@ -190,8 +190,8 @@ def test_what_is_no_checkpoint(tmp_path, capsys, full, plan):
     assert run(tmp_path, full, "--plan", str(tmp_path / "p.json")) == 0
     packed = tmp_path / "m.lowbit"
     capsys.readouterr()
-    assert main([str(packed), "--out", str(tmp_path / "again")]) == 2
-    assert "not a lowbit checkpoint" in capsys.readouterr().err and not (tmp_path / "again").exists()
+    assert main([str(packed), "--out", str(tmp_path / "again.lowbit")]) == 2
+    assert "not a lowbit checkpoint" in capsys.readouterr().err and not (tmp_path / "again.lowbit").exists()
 
 
 def test_a_bias_beyond_fp16(tmp_path, admm, capsys):
@@ -202,8 +202,16 @@ def test_a_bias_beyond_fp16(tmp_path, admm, capsys):
 
 def test_output_folder_must_exist(tmp_path, admm, capsys):
     admm.save(tmp_path / "c.safetensors")
-    assert main([str(tmp_path / "c.safetensors"), "--out", str(tmp_path / "no" / "m")]) == 2
+    assert main([str(tmp_path / "c.safetensors"), "--out", str(tmp_path / "no" / "m.lowbit")]) == 2
     refused(tmp_path, capsys, "does not exist")
+
+
+def test_a_packed_model_has_its_suffix(tmp_path, admm, capsys):
+    """What loads a model tells the two kinds of file apart by it."""
+    admm.save(tmp_path / "c.safetensors")
+    assert main([str(tmp_path / "c.safetensors"), "--out", str(tmp_path / "m.bin")]) == 2
+    refused(tmp_path, capsys, "ends in .lowbit")
+    assert not (tmp_path / "m.bin").exists()
 
 
 def test_bad_group(tmp_path, full, plan, capsys):

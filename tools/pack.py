@@ -21,7 +21,8 @@ import lowbit
 from lowbit.checkpoint import Checkpoint
 from lowbit.container import PackedMatrix, PackedModel, read_header, write_packed
 from lowbit.errors import LowbitError
-from lowbit.files import PathLike
+from lowbit.files import PathLike, check_writable
+from lowbit.loading import PACKED_SUFFIX
 from lowbit.plan import MatrixPlan, Plan
 from lowbit.quantize import QuantTensor, check_group, fit, nearest_codes, quantize, table_tensor
 from lowbit.tables import find_table
@@ -142,6 +143,9 @@ def _residual(checkpoint: Checkpoint) -> str:
 
 
 def body(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.out.endswith(PACKED_SUFFIX):
+        raise LowbitError(f"--out {args.out}: the name of a packed model ends in {PACKED_SUFFIX}")
+    check_writable(args.out)
     checkpoint = Checkpoint.load(args.checkpoint)
     plan = Plan.load(args.plan) if args.plan else None
     if args.group is not None:
