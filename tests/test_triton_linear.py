@@ -17,16 +17,23 @@ from lowbit.kernels import GpuWeight, KernelConfig, linear
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+with pytest.MonkeyPatch.context() as environment:
+    if DEVICE == "cpu":
+        # Triton decides at its first import whether kernels are interpreted: now, at collection, before a test of
+        # torch.compile imports it.
+        environment.setenv("TRITON_INTERPRET", "1")
+    triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'lowbit[gpu]'")
+if DEVICE == "cpu" and isinstance(triton.language.sum, triton.JITFunction):
+    pytest.skip("Triton was imported without TRITON_INTERPRET=1 before these tests", allow_module_level=True)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def triton():
-    """Triton decides at its import whether kernels are interpreted, and reads the variable again while they run."""
+def interpreter_switch():
+    """Kernels read the variable again when they are defined and while they run; other tests must not see it."""
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")
-        triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'lowbit[gpu]'")
-        if DEVICE == "cpu" and isinstance(triton.language.sum, triton.JITFunction):
-            pytest.skip("Triton was imported without TRITON_INTERPRET=1 before these tests: run this file alone")
-        yield triton
+        yield
 
 
 GUARD = 64  # elements on both sides of an output
@@ -41,8 +48,11 @@ ROWS = [1, 3, 16, 17, 33]
 
 @pytest.fixture
 def guarded(monkeypatch):
-    """Every buffer the launcher allocates starts as NaN, between guards; they are intact at the end."""
-    buffers, empty = [], torch.empty
+    """Every buffer the launcher allocates starts as NaN, between guards; they are intact at the end.
+
+    Yields the list of these buffers, without the guards.
+    """
+    buffers, inner, empty = [], [], torch.empty
 
     def poisoned(*shape, dtype=None, device=None):
         if device is None:  # not the launcher
@@ -51,10 +61,11 @@ def guarded(monkeypatch):
         size = torch.Size(shape).numel()
         whole = empty(size + 2 * GUARD, dtype=dtype, device=device).fill_(SENTINEL)
         buffers.append(whole)
-        return whole[GUARD : GUARD + size].fill_(torch.nan).view(shape)
+        inner.append(whole[GUARD : GUARD + size].fill_(torch.nan).view(shape))
+        return inner[-1]
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    yield
+    yield inner
     monkeypatch.undo()
     for whole in buffers:
         assert bool((whole[:GUARD] == SENTINEL).all() and (whole[-GUARD:] == SENTINEL).all()), "write out of bounds"
@@ -125,9 +136,9 @@ def test_result_has_the_dtype_of_x(m, dtype, guarded):
 def test_splitting_k(bits, group, block_m, guarded):
     """One to many parts, uneven ones too (K = 420 is 7 chunks); more than there are iterations are cut down."""
     bias = torch.randn(21).half().to(DEVICE)
-    for parts in (1, 3, 64):
+    for parts in (1, 5, 64):
         x, w, dense = case(bits, None, group, 21, 420, 1 if block_m == 1 else 5, torch.float16)
-        config = KernelConfig(block_m, 16, 128, 4, 2, split_k=parts)
+        config = KernelConfig(block_m, 16, 128 if group else 64, 4, 2, split_k=parts)
         check(linear(x, w, bias, config=config), x, w, dense, bias)
 
 
@@ -137,6 +148,50 @@ def test_large_tiles_and_many_bands(guarded):
     check(linear(x, w, config=KernelConfig(32, 32, 64, 4, 2)), x, w, dense)
     x, w, dense = case(4, None, 128, 130, 256, 40, torch.float16)
     check(linear(x, w, config=KernelConfig(128, 128, 128, 8, 2)), x, w, dense)
+
+
+class Watched:
+    """The interpreter's backend; every address that is loaded or stored must lie in one of ``arrays``."""
+
+    def __init__(self, backend, arrays: list[torch.Tensor]):
+        self.backend, self.arrays = backend, arrays
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def check(self, pointers, mask, size: int) -> None:
+        first = torch.from_numpy(pointers[mask].astype("int64"))
+        inside = torch.zeros(first.shape, dtype=torch.bool)
+        for t in self.arrays:
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+            inside |= (first >= t.data_ptr()) & (first + size <= t.data_ptr() + extent * t.element_size())
+        assert bool(inside.all()), "access out of bounds"
+
+    def load(self, pointers, mask, other, dtype):
+        self.check(pointers, mask, other.itemsize)
+        return self.backend.load(pointers, mask, other, dtype)
+
+    def store(self, pointers, value, mask):
+        self.check(pointers, mask, value.itemsize)
+        return self.backend.store(pointers, value, mask)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="watches the interpreter; on a GPU compute-sanitizer does")
+@pytest.mark.parametrize(("bits", "table", "group"), [(1, None, None), (2, None, 64), (4, "pow2", None), (8, None, 64)])
+def test_no_access_out_of_bounds(bits, table, group, guarded, monkeypatch):
+    """Reads too: a masked result hides them from the comparison with the oracle."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    watched = Watched(interpreter._interpreter, guarded)
+    monkeypatch.setattr(interpreter, "_interpreter", watched)
+    config = KernelConfig(1, 32, 128, 4, 2, split_k=2)
+    for m in (1, 3, 17):
+        x, w, dense = case(bits, table, group, 37, 300, m, torch.float16)  # 5 chunks, in iterations of 2
+        bias = torch.randn(37)
+        guarded[:] = [x, w.codes, w.scales, w.table, bias]
+        check(linear(x, w, bias, config=config if m == 1 else None), x, w, dense, bias)
+    guarded[:] = [x]
+    with pytest.raises(Exception, match="access out of bounds"):  # Triton wraps what a kernel raises
+        linear(x, w)
 
 
 def test_shapes_of_x(guarded):
