@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,25 +79,30 @@ def picture(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     quality = [("test_ppl" if "test_ppl" in rows[0] else "valid_ppl", "perplexity")]
     if "test_rescored_wer" in rows[0]:
         quality.append(("test_rescored_wer", "test WER %"))
     figure, axes = plt.subplots(1, len(quality), figsize=(5.5 * len(quality), 4), squeeze=False)
     for axis, (key, label) in zip(axes[0], quality, strict=True):
-        for row in rows:
-            axis.plot(row["bytes"], row[key], "o", ms=9)
-            note = f"{row['title']}\n{cli.format_bytes(row['bytes'])}"
-            axis.annotate(note, (row["bytes"], row[key]), textcoords="offset points", xytext=(6, 6), fontsize=8)
+        for row, marker in zip(rows, itertools.cycle("osD^vP*")):
+            size = cli.format_bytes(row["bytes"])
+            axis.plot(row["bytes"], row[key], marker, ms=9, alpha=0.8, ls="none", label=f"{row['title']}, {size}")
         if key == "test_rescored_wer":
-            axis.axhline(rows[0]["test_first_pass_wer"], color="gray", ls="--", lw=1)
-            axis.annotate("first pass", (rows[0]["bytes"], rows[0]["test_first_pass_wer"]), fontsize=8, color="gray")
+            for name, style in (("first_pass", "--"), ("oracle", ":")):
+                axis.axhline(rows[0][f"test_{name}_wer"], color="gray", ls=style, lw=1, label=name.replace("_", " "))
         else:
             axis.set_yscale("log")
+            # Perplexities of one table seldom span a decade: plain numbers instead of powers of ten.
+            axis.yaxis.set_major_formatter(ScalarFormatter())
+            axis.yaxis.set_minor_formatter(ScalarFormatter())
         axis.set(xscale="log", xlabel="model file, bytes", ylabel=label)
-        axis.grid(alpha=0.3)
-        axis.margins(0.25)
-    figure.tight_layout()
+        axis.grid(alpha=0.3, which="both")
+        axis.margins(0.15)
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=2, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.05 * math.ceil(len(labels) / 2), 1, 1))  # room for the legend's lines
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
