@@ -32,3 +32,14 @@ def test_a_text_that_is_too_short_is_named(tmp_path, capsys, split):
     data = write_data(tmp_path)
     (data / f"{split}.txt").write_text("w1 w2\n")
     refused(train_argv(tmp_path, mode="stream"), capsys, f"{data / split}.txt: the text has 4 tokens")
+
+
+@pytest.mark.parametrize("mode", ["stream", "sentence"])
+def test_unknown_words_are_counted_and_reported(tmp_path, capsys, mode):
+    data = write_data(tmp_path)
+    with open(data / "valid.txt", "a") as stream:
+        stream.write("w1 never heard w2\n")
+    words = len((data / "valid.txt").read_text().split())
+    assert train.main(train_argv(tmp_path, mode=mode, epochs=0.1)) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "unknown" in line]
+    assert lines == [f"{data / 'valid.txt'}: 2 of {words:,} words ({2 / words:.2%}) unknown, read as <unk>"]

@@ -60,11 +60,13 @@ class TokenStream:
     """A corpus as one stream, ``</s>`` after every line; each epoch cuts it at another offset, shuffled."""
 
     def __init__(self, lines: list[str], vocab: Vocab, length: int):
-        ids = [EOS_ID]
+        ids, self.n_oov = [EOS_ID], 0
         for line in lines:
-            ids += vocab.encode(line)[0]
-            ids.append(EOS_ID)
+            words, n_oov = vocab.encode(line)
+            ids += [*words, EOS_ID]
+            self.n_oov += n_oov
         self.ids, self.length = np.asarray(ids), length
+        self.n_words = len(ids) - len(lines) - 1
         if len(self.ids) < 2 * length + 2:
             raise LowbitError(f"the text has {len(self.ids)} tokens, training on pieces of {length} needs more")
 
@@ -81,9 +83,11 @@ class Sentences:
     """A corpus as single sentences, each read after ``</s>``; those longer than ``length`` are read in pieces."""
 
     def __init__(self, lines: list[str], vocab: Vocab, length: int):
-        self.rows, self.length = [], length
+        self.rows, self.length, self.n_words, self.n_oov = [], length, 0, 0
         for line in lines:
-            ids = np.asarray([EOS_ID, *vocab.encode(line)[0], EOS_ID])
+            words, n_oov = vocab.encode(line)
+            self.n_words, self.n_oov = self.n_words + len(words), self.n_oov + n_oov
+            ids = np.asarray([EOS_ID, *words, EOS_ID])
             self.rows += [ids[s : s + length + 1] for s in range(0, len(ids) - 1, length)]
 
     def pieces(self, rng: np.random.Generator | None) -> list[np.ndarray]:

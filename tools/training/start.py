@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.files import check_writable
+from lowbit.files import PathLike, check_writable
 from lowbit.tools.training.config import TrainConfig
 from lowbit.tools.training.data import Batches, Sentences, TokenStream, corpus_file, has_unk, read_corpus
 from lowbit.tools.training.loop import has_fast_bf16, pick_device
@@ -39,11 +39,19 @@ class Corpora:
                 streams[split] = source(lines, vocab, config.seq_len)
             except LowbitError as error:
                 raise LowbitError(f"{corpus_file(folder, split)}: {error}") from None
+            report_unknown(corpus_file(folder, split), streams[split])
         return cls(
             vocab,
             Batches(streams["train"], config.batch_size, rare, config.seed),
             Batches(streams["valid"], config.batch_size, seed=config.seed),
         )
+
+
+def report_unknown(path: PathLike, text: TokenStream | Sentences) -> None:
+    """Say on stderr, once among all processes, how many words of a text the vocabulary lacks."""
+    if text.n_oov and os.environ.get("RANK", "0") == "0":
+        share = f"{text.n_oov:,} of {text.n_words:,} words ({text.n_oov / text.n_words:.2%})"
+        print(f"{path}: {share} unknown, read as <unk>", file=sys.stderr)
 
 
 def add_run_options(p: argparse.ArgumentParser) -> None:
