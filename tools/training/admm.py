@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class Admm:
         out: str,
         restart: bool,
     ):
-        self.options, self.corpora, self.stepper, self.teacher = options, corpora, stepper, teacher
+        self.corpora, self.stepper, self.teacher = corpora, stepper, teacher
         parameters = dict(stepper.model.named_parameters())
         self.matrices = {name: QuantizedMatrix(parameters[f"{name}.weight"], plan[name]) for name in plan}
         quantized = {f"{name}.weight" for name in plan}
@@ -88,6 +88,8 @@ class Admm:
         total = max(3, round(options.epochs * len(corpora.train.epoch(0))))
         shares = [s / sum(options.phases) for s in options.phases]
         self.steps = dict(zip(PHASES, (round(total * s) for s in shares), strict=True))
+        # One dual update a step at most: more would end the ramp of kappa before its last value.
+        self.options = options = replace(options, duals=min(options.duals, max(1, self.steps["admm"])))
         identity = {
             "options": asdict(options), "config": config.to_dict(), "plan": plan.to_dict(),
             "vocab": corpora.vocab.hash, "precision": stepper.precision,
