@@ -32,9 +32,7 @@ class Vocab:
     def build(cls, lines: Iterable[str], min_count: int = 1, max_size: int | None = None) -> Vocab:
         """The words of ``lines`` by falling count (ties by spelling), those below ``min_count`` left to ``<unk>``."""
         if max_size is not None and max_size < 2:
-            raise LowbitError(
-                f"a vocabulary holds {EOS} and {UNK}: max_size must be at least 2, not {max_size}"
-            )
+            raise LowbitError(f"a vocabulary holds {EOS} and {UNK}: max_size must be at least 2, not {max_size}")
         counts = Counter(w for line in lines for w in line.split())
         for special in (EOS, UNK):
             counts.pop(special, None)

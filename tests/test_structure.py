@@ -72,7 +72,7 @@ def stages() -> dict[str, str]:
     return {name: text for name, text in STAGES.items() if (ROOT / "tools" / f"{name}.py").exists()}
 
 
-# The demo is one run of the reproduction on its own text; every other stage meets the rest as files (tools/pipeline.py).
+# The demo is one run of the reproduction on its own text; all other stages meet as files (tools/pipeline.py).
 MAY_IMPORT = {"demo": {"reproduce"}, "reproduce": {"show"}}
 
 
