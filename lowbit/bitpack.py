@@ -50,7 +50,9 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_codes(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
     """Inverse of :func:`pack_codes`: uint8 [N, ceil(K * bits / 8)] -> uint8 codes [N, K]."""
     if packed.shape[1] != row_bytes(k, bits):
-        raise LowbitError(f"packed rows have {packed.shape[1]} bytes, {k} codes of {bits} bits take {row_bytes(k, bits)}")
+        raise LowbitError(
+            f"packed rows have {packed.shape[1]} bytes, {k} codes of {bits} bits take {row_bytes(k, bits)}"
+        )
     if bits == 8:
         return packed.clone()
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
