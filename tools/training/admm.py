@@ -96,7 +96,8 @@ class Admm:
         }  # fmt: skip
         self.resume = Resume(out, identity, stepper.parallel, restart)
         self.phase, self.step, self.dual, self.seconds = "admm", 0, 0, 0.0
-        self.valid_nll = math.inf
+        self.valid_nll = self.best_nll = math.inf
+        self.best: dict[str, Any] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.epochs = Epochs(corpora.train)
 
@@ -115,11 +116,13 @@ class Admm:
                 if phase != self.phase:
                     self._start_phase(phase)
                 self._run_phase(getattr(self, f"_{phase}_step"))
+        self._select()
         self._round_vectors()
         self.valid_nll = self.stepper.validate(self.corpora.valid)
         self._tick()
         return {
             "stage": "admm", "steps": self.steps, "valid_ppl": math.exp(self.valid_nll), "residual": self._residual(),
+            "selected": self.best.get("at", "last step"),
             "seconds": round(self.seconds, 1), "options": asdict(self.options),
         }  # fmt: skip
 
@@ -290,6 +293,21 @@ class Admm:
         if (self.step + 1) * evals // steps > self.step * evals // steps:
             self.valid_nll = self.stepper.validate(self.corpora.valid)
             self._log(valid_ppl_q=_ppl(self.valid_nll))
+            if self.valid_nll < self.best_nll:
+                self.best_nll = self.valid_nll
+                self.best = {
+                    "at": f"{self.phase} step {self.step + 1}",
+                    "images": {name: list(m.image()) for name, m in self.matrices.items()},
+                    "vectors": [p.detach().cpu().clone() for p in self.vectors],
+                }
+
+    def _select(self) -> None:
+        """End on the best quantized model by validation (DESIGN 7: select on Q)."""
+        if self.best:
+            for name, m in self.matrices.items():
+                m.adopt(*self.best["images"][name])
+            for p, value in zip(self.vectors, self.best["vectors"], strict=True):
+                p.data.copy_(value)
 
     def _round_vectors(self) -> None:
         """Biases, norms and positions as the packed file holds them (fp16)."""
@@ -310,13 +328,13 @@ class Admm:
     def _state(self) -> dict[str, Any]:
         return {
             "phase": self.phase, "step": self.step, "dual": self.dual, "seconds": self.seconds,
-            "valid_nll": self.valid_nll, "model": self.stepper.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "epochs": self.epochs.state(),
+            "valid_nll": self.valid_nll, "best_nll": self.best_nll, "best": self.best,
+            "model": self.stepper.model.state_dict(), "optimizer": self.optimizer.state_dict(), "epochs": self.epochs.state(),
             "matrices": {name: m.state() for name, m in self.matrices.items()},
         }  # fmt: skip
 
     def _restore(self, state: dict[str, Any]) -> None:
-        for name in ("phase", "step", "dual", "seconds", "valid_nll"):
+        for name in ("phase", "step", "dual", "seconds", "valid_nll", "best_nll", "best"):
             setattr(self, name, state[name])
         self.stepper.model.load_state_dict(state["model"])
         for name, m in self.matrices.items():

@@ -144,6 +144,17 @@ class QuantizedMatrix:
             self._any_frozen = True
         return changed.float().mean().item(), self.frozen.float().mean().item()
 
+    def image(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the codes and scales that the model computes with now."""
+        codes = self.codes if self.latent is None else self._nearest()
+        return codes.clone(), self.scale.clone()
+
+    def adopt(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        """End training on an earlier :meth:`image`."""
+        self.codes, self.scale = codes.to(self.weight.device), scale.to(self.weight.device)
+        self.latent = self.log_scale = None
+        self.weight.data.copy_(self.quantized())
+
     # Scale phase
 
     def start_scales(self) -> None:
