@@ -87,6 +87,9 @@ def test_a_weight_that_differs_is_found(ran, tmp_path):
 def test_demo_refuses_a_folder_that_cannot_be(tmp_path, capsys):
     assert demo.main(["--out", str(tmp_path / "no" / "such" / "folder")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    assert demo.main(["--out", str(tmp_path / "out"), "--threads", "0"]) == 2
+    assert "positive integer" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -146,9 +146,9 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
     out = Path(args.out)
     if not out.resolve().parent.parent.is_dir():
         raise LowbitError(f"--out {args.out}: the folder {out.parent.parent} does not exist")
-    if args.threads:
+    if args.threads is not None:
+        lowbit.set_threads(args.threads)  # checks the number
         torch.set_num_threads(args.threads)
-        lowbit.set_threads(args.threads)
     out.mkdir(parents=True, exist_ok=True)
     words = prepare_text(out / "data", args.restart)
     rows, pipeline = run_models(args, out / "data")
