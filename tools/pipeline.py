@@ -1,7 +1,7 @@
 """Run stages one after another, each once: what demo and reproduce are made of.
 
-A stage is repeated only if its arguments, the bytes of its inputs or its version changed since it last ended well;
-its result stands as JSON beside its outputs. Killed at any point, the pipeline goes on with the stage it was in.
+A stage is repeated only if its arguments or the bytes of its inputs changed since it last ended well, or an output is
+gone; its result stands as JSON beside its outputs. Killed at any point, the pipeline goes on with the stage it was in.
 """
 
 from __future__ import annotations

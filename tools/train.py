@@ -18,7 +18,7 @@ from lowbit.errors import LowbitError
 from lowbit.model import TransformerLM
 from lowbit.tools import cli
 from lowbit.tools.training.config import TrainConfig
-from lowbit.tools.training.loop import Epochs, Resume, Stepper, learning_rate, ppl_note
+from lowbit.tools.training.loop import Epochs, Resume, Stepper, learning_rate, ppl_note, run_identity
 from lowbit.tools.training.start import Corpora, add_run_options, prepare_run
 
 PLATEAU_FACTOR = 0.25
@@ -91,9 +91,7 @@ class Training:
             eps=1e-8,
             fused=True,
         )
-        identity = {
-            "config": config.to_dict(), "vocab": corpora.vocab.hash, "precision": stepper.precision, "init": args.init,
-        }  # fmt: skip
+        identity = run_identity(stepper, corpora.digest) | {"config": config.to_dict()}
         self.resume = Resume(args.out, identity, stepper.parallel, args.restart)
         self.step, self.seconds, self.peak = 0, 0.0, config.lr
         self.best_nll, self.best = math.inf, {}

@@ -17,7 +17,7 @@ from lowbit.model import TransformerLM
 from lowbit.plan import Plan
 from lowbit.tools import cli
 from lowbit.tools.training.config import TrainConfig
-from lowbit.tools.training.loop import Epochs, Resume, Stepper, learning_rate, ppl_note
+from lowbit.tools.training.loop import Epochs, Resume, Stepper, learning_rate, ppl_note, run_identity
 from lowbit.tools.training.quantized import QuantizedMatrix
 
 PHASES = ("admm", "hard", "scales")
@@ -90,9 +90,8 @@ class Admm:
         self.steps = dict(zip(PHASES, (round(total * s) for s in shares), strict=True))
         # One dual update a step at most: more would end the ramp of kappa before its last value.
         self.options = options = replace(options, duals=min(options.duals, max(1, self.steps["admm"])))
-        identity = {
+        identity = run_identity(stepper, corpora.digest) | {
             "options": asdict(options), "config": config.to_dict(), "plan": plan.to_dict(),
-            "vocab": corpora.vocab.hash, "precision": stepper.precision,
         }  # fmt: skip
         self.resume = Resume(out, identity, stepper.parallel, restart)
         self.phase, self.step, self.dual, self.seconds = "admm", 0, 0, 0.0
@@ -329,7 +328,8 @@ class Admm:
         return {
             "phase": self.phase, "step": self.step, "dual": self.dual, "seconds": self.seconds,
             "valid_nll": self.valid_nll, "best_nll": self.best_nll, "best": self.best,
-            "model": self.stepper.model.state_dict(), "optimizer": self.optimizer.state_dict(), "epochs": self.epochs.state(),
+            "model": self.stepper.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "epochs": self.epochs.state(),
             "matrices": {name: m.state() for name, m in self.matrices.items()},
         }  # fmt: skip
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 
 from lowbit.errors import LowbitError
 from lowbit.files import PathLike, read_lines
@@ -114,6 +115,15 @@ class Batches:
         ids = np.concatenate(source.rows) if isinstance(source, Sentences) else source.ids
         counts = np.bincount(ids, minlength=2)
         self.rare = counts == 1
+
+    @property
+    def digest(self) -> str:
+        """Hash of the encoded text and of how it is cut into batches."""
+        rows = self.source.rows if isinstance(self.source, Sentences) else [self.source.ids]
+        state = xxhash.xxh3_64(repr((self.source.length, self.budget, self.rare_to_unk, self.seed)).encode())
+        for row in rows:
+            state.update(np.ascontiguousarray(row, np.int64).tobytes())
+        return state.hexdigest()
 
     def epoch(self, epoch: int) -> list[Batch]:
         """The batches of an epoch, in training order."""

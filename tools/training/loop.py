@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from lowbit.errors import LowbitError
 from lowbit.files import atomic_path
@@ -133,6 +135,17 @@ class Epochs:
         return {"epoch": self.epoch, "index": self.index}
 
 
+def run_identity(stepper: Stepper, corpora_digest: str) -> dict[str, Any]:
+    """What must be the same for an interrupted run to go on: text, start weights, precision, processes."""
+    weights = xxhash.xxh3_64()
+    for parameter in stepper.model.parameters():
+        weights.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return {
+        "text": corpora_digest, "start": weights.hexdigest(), "precision": stepper.precision,
+        "processes": stepper.parallel.world,
+    }  # fmt: skip
+
+
 class Resume:
     """The file beside an output from which an interrupted run goes on, and the log of its steps.
 
@@ -161,7 +174,10 @@ class Resume:
             raise LowbitError(
                 f"{self.path}: left by a run with other settings, plan or data; finish that run, or pass --restart"
             )
-        _set_rng(state["rng"][self.parallel.rank % len(state["rng"])])
+        _set_rng(state["rng"][self.parallel.rank])
+        if self.parallel.is_main and self.log_path.is_file():
+            # Lines written after the last save are written again.
+            os.truncate(self.log_path, min(state["log_bytes"], self.log_path.stat().st_size))
         return state
 
     @contextlib.contextmanager
@@ -185,7 +201,8 @@ class Resume:
 
     def save(self, state: dict[str, Any]) -> None:
         """Save, then leave if a stop was asked for."""
-        state = state | {"identity": self.identity, "rng": self.parallel.gather(_get_rng())}
+        log_bytes = self.log_path.stat().st_size if self.log_path.is_file() else 0
+        state = state | {"identity": self.identity, "rng": self.parallel.gather(_get_rng()), "log_bytes": log_bytes}
         if self.parallel.is_main:
             with atomic_path(self.path) as temporary:
                 torch.save(state, temporary)

@@ -14,7 +14,7 @@ _CACHE_BYTES = 1 << 21
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, teacher_hidden, teacher_weight, distill, dtype):
+    def forward(ctx, hidden, weight, target, teacher_hidden, teacher_weight, distill, dtype, gradients):
         h, w = hidden.to(dtype), weight.to(dtype)
         grad_h = torch.empty_like(h)
         grad_w = torch.zeros_like(weight, dtype=torch.float32)
@@ -28,8 +28,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 block_loss, block_nll = _softmax_gradient(logits[block], target[rows][block], part, distill)
                 loss += block_loss
                 nll += block_nll
-            torch.mm(logits, w, out=grad_h[rows])
-            grad_w += logits.T @ h[rows]
+            if gradients:
+                torch.mm(logits, w, out=grad_h[rows])
+                grad_w += logits.T @ h[rows]
         ctx.save_for_backward(grad_h, grad_w)
         ctx.mark_non_differentiable(nll)
         return loss, nll
@@ -37,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad_loss.to(grad_h.dtype), grad_w * grad_loss, None, None, None, None, None
+        return grad_h * grad_loss.to(grad_h.dtype), grad_w * grad_loss, None, None, None, None, None, None
 
 
 def _blocks(logits: torch.Tensor):
@@ -88,4 +89,6 @@ def linear_cross_entropy(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _LinearCrossEntropy.apply(hidden, weight, target, teacher_hidden, teacher_weight, distill, dtype)
+    teacher = (teacher_hidden, teacher_weight, distill)
+    # Inside the function gradients are always off: only out here can validation be told from training.
+    return _LinearCrossEntropy.apply(hidden, weight, target, *teacher, dtype, torch.is_grad_enabled())

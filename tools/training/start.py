@@ -26,6 +26,11 @@ class Corpora:
     train: Batches
     valid: Batches
 
+    @property
+    def digest(self) -> str:
+        """Hash of both texts as the vocabulary encodes them, and of the vocabulary."""
+        return f"{self.vocab.hash}-{self.train.digest}-{self.valid.digest}"
+
     @classmethod
     def read(cls, folder: str, config: TrainConfig, vocab: Vocab | None = None) -> Corpora:
         """Read ``folder``'s train and valid text; build the vocabulary from the former unless one is given."""
