@@ -22,7 +22,7 @@ from lowbit.tools.training.quantized import QuantizedMatrix
 
 PHASES = ("admm", "hard", "scales")
 HARD_CHECKS = 40  # looks at the stability of codes over the hard phase
-FREEZE_FROM, FREEZE_AFTER = 20, 8  # first look that may freeze; looks a code must have been stable for
+FREEZE_FROM, FREEZE_AFTER = 28, 8  # first look that may freeze; looks a code must have been stable for
 REFIT_EVERY = 10  # hard steps between re-solved scales
 ADMM_EVALS, HARD_EVALS, SCALE_EVALS = 6, 8, 3
 

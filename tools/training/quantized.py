@@ -96,9 +96,14 @@ class QuantizedMatrix:
         self.load_quantized(refit=True)
 
     def load_quantized(self, refit: bool) -> None:
-        """weight <- Q(latent); ``refit`` re-solves the scales for the moved latent first."""
+        """weight <- Q(latent); ``refit`` re-solves the scales for the moved latent first, until codes are frozen.
+
+        Frozen latents rest on their levels and have no pull of their own: a scale re-fitted among them follows the few
+        latents that still wander near a boundary between levels, the frozen ones follow the scale, and every scale
+        shrinks, by up to a fifth. From the first frozen code on scales wait for the scale phase.
+        """
         latent = self.latent.data
-        if refit:
+        if refit and not self._any_frozen:
             _, scale = fit(latent, self.table, self.plan.group, start=self.scale, refine_only=True, iterations=_REFINE)
             self.scale = scale.float()
         if self.table.affine is None:
