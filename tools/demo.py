@@ -25,8 +25,8 @@ from lowbit.tools import cli
 from lowbit.tools.demo_parts import checks
 from lowbit.tools.demo_parts.channel import Channel, ChannelOptions, simulate
 from lowbit.tools.demo_parts.corpus import write_corpus
+from lowbit.tools.experiment import Experiment
 from lowbit.tools.pipeline import Pipeline
-from lowbit.tools.reproduce import Experiment
 from lowbit.tools.results import markdown, picture, table
 from lowbit.tools.training.config import TrainConfig
 from lowbit.vocab import Vocab
@@ -84,8 +84,7 @@ def write_lists(folder: Path) -> dict[str, int]:
 
 def run_models(args: argparse.Namespace, data: Path) -> tuple[list[dict[str, Any]], Pipeline]:
     """Train, pack, evaluate and rescore: one row a model."""
-    chosen = argparse.Namespace(data=str(data), config=CONFIG, out=args.out, restart=args.restart, skip_control=True)
-    experiment = Experiment(chosen)
+    experiment = Experiment(data, CONFIG, args.out, args.restart, control=False)
     return experiment.run(), experiment.pipeline
 
 

@@ -17,26 +17,11 @@ from typing import Any
 import torch
 
 import lowbit
-from lowbit.checkpoint import Checkpoint
 from lowbit.errors import LowbitError
-from lowbit.files import read_json, write_json
-from lowbit.nbest import read_nbest
-from lowbit.plan import Plan
+from lowbit.files import write_json
 from lowbit.tools import cli
-from lowbit.tools.pipeline import Pipeline
+from lowbit.tools.experiment import MIXED_PLANS, Experiment
 from lowbit.tools.results import markdown, picture, replace_section
-from lowbit.tools.training.config import TrainConfig
-from lowbit.tools.training.data import corpus_file
-from lowbit.wer import bootstrap, mapsswe, score_corpus
-
-# Queries and keys bear 1 bit best; values and outputs are small and sensitive. The vocabulary matrix is nearly half of
-# the small PTB model, and 5 % of the ATIS one.
-MIXED_PLANS = {
-    "ptb-small": [("embed", 2), ("*.attn.[qk]", 1), ("*.attn.[vo]", 4), ("*.mlp.*", 2)],
-    "demo": [("embed", 2), ("*.attn.[qk]", 1), ("*.attn.[vo]", 4), ("*.mlp.*", 2)],
-    "atis": [("embed", 4), ("*.attn.[qk]", 1), ("*.attn.[vo]", 2), ("*.mlp.*", 2)],
-}
-DROPOUT_SCALE = 0.7  # of both trainings that start from the full-precision model
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,107 +43,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-class Experiment:
-    """The stages of one corpus."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.data = args, Path(args.data)
-        self.pipeline = Pipeline(args.out, args.restart)
-        self.config = TrainConfig.find(args.config)
-        self.texts = {split: str(corpus_file(self.data, split)) for split in ("train", "valid")}
-        if len(list(self.data.glob("*test.txt"))) == 1:
-            self.texts["test"] = str(corpus_file(self.data, "test"))
-        self.lists = {s: str(p) for s in ("dev", "test") if (p := self.data / f"{s}.jsonl").is_file()}
-
-    def run(self) -> list[dict[str, Any]]:
-        """All rows, full precision first."""
-        step, path = self.pipeline.run, self.pipeline.path
-        text = [self.texts["train"], self.texts["valid"]]
-        fp, admm = path("fp.safetensors"), path("admm.safetensors")
-        train = ["--data", str(self.data), "--config", self.args.config]
-        step("train", "train", [*train, "--out", fp], text, [fp])
-        plans = self._write_plans(fp)
-        rows = [self._row("fp32", "full precision", fp)]
-        if not self.args.skip_control:
-            again, lr = path("fp-again.safetensors"), str(self.config.lr / 2)
-            options = ["--init", fp, "--lr", lr, "--dropout-scale", str(DROPOUT_SCALE)]
-            step("train-again", "train", [*train, *options, "--out", again], [fp, *text], [again])
-            rows.append(self._row("fp32-again", "full precision, trained as long again", again))
-        for name, title in (("uniform2", "post-training, 2 bits"), ("mixed", "post-training, mixed")):
-            packed = path(f"ptq-{name}.lowbit")
-            step(f"pack-ptq-{name}", "pack", [fp, "--plan", plans[name], "--out", packed], [fp, plans[name]], [packed])
-            rows.append(self._row(f"ptq-{name}", title, packed))
-        options = ["--plan", plans["mixed"], "--data", str(self.data), "--dropout-scale", str(DROPOUT_SCALE)]
-        step("admm", "admm", [fp, *options, "--out", admm], [fp, plans["mixed"], *text], [admm])
-        packed = path("admm.lowbit")
-        step("pack-admm", "pack", [admm, "--out", packed], [admm], [packed])
-        rows.append(self._row("admm-mixed", "ADMM, mixed", packed))
-        self._compare(rows)
-        return rows
-
-    def _write_plans(self, fp: str) -> dict[str, str]:
-        config = Checkpoint.load(fp).config
-        plans = {"uniform2": Plan.uniform(config, 2), "mixed": Plan.manual(config, MIXED_PLANS[self.args.config])}
-        for name, plan in plans.items():
-            plan.save(self.pipeline.path(f"plan-{name}.json"))
-        return {name: self.pipeline.path(f"plan-{name}.json") for name in plans}
-
-    def _row(self, key: str, title: str, model: str) -> dict[str, Any]:
-        """Size, perplexities and word error rates of one model."""
-        row: dict[str, Any] = {"key": key, "title": title} | sizes(model)
-        for split in ("valid", "test"):
-            if text := self.texts.get(split):
-                argv = [model, "--text", text, "--mode", self.config.mode]
-                result = self.pipeline.run(f"evaluate-{key}-{split}", "evaluate", argv, [model, text], [])
-                row |= {f"{split}_ppl": result["ppl"], f"{split}_tokens_per_second": result["tokens_per_second"]}
-                row |= {"mode": result["mode"], "stride": result["stride"]}
-        if len(self.lists) == 2:
-            row |= self._rescore(key, model)
-        return row
-
-    def _rescore(self, key: str, model: str) -> dict[str, Any]:
-        path, lists, row = self.pipeline.path, self.lists, {}
-        weights = path(f"{key}.weights.json")
-        for split, options, written in (("dev", ["--tune"], [weights]), ("test", [], [])):
-            out = path(f"{key}.{split}.jsonl")
-            argv = [model, "--nbest", lists[split], "--out", out, "--weights", weights, *options]
-            inputs = [model, lists[split]] + ([] if written else [weights])
-            result = self.pipeline.run(f"rescore-{key}-{split}", "rescore", argv, inputs, [out, *written])
-            row |= {f"{split}_{name}_wer": result[f"{name}_wer"] for name in ("first_pass", "rescored", "oracle")}
-            row["utterances_per_second"] = result["utterances_per_second"]
-        return row | {"weights": read_json(weights)}
-
-    def _compare(self, rows: list[dict[str, Any]]) -> None:
-        """Test WER of every row against the first pass and against full precision: interval and MAPSSWE."""
-        if len(self.lists) < 2:
-            return
-        lists = list(read_nbest(self.lists["test"]))
-        refs, first = [u.ref for u in lists], [u.hyps[0].text for u in lists]
-        best = {
-            r["key"]: [u.hyps[0].text for u in read_nbest(self.pipeline.path(f"{r['key']}.test.jsonl"))] for r in rows
-        }
-        for row in rows:
-            ours = best[row["key"]]
-            for name, other in (("first_pass", first), ("fp32", best["fp32"])):
-                a, b = score_corpus(refs, ours), score_corpus(refs, other)
-                interval = bootstrap(a.errors, a.ref_words, b.errors)
-                row[f"against_{name}"] = {
-                    "wer_difference": 100 * (a.wer - b.wer), "low": 100 * interval.low, "high": 100 * interval.high,
-                    "mapsswe_p": mapsswe(refs, ours, other).p,
-                }  # fmt: skip
-
-
-def sizes(model: str) -> dict[str, Any]:
-    """Bytes of a model file and its ratio to the fp32 checkpoint."""
-    if model.endswith(".lowbit"):
-        from lowbit.container import read_header
-        from lowbit.tools.show import describe
-
-        shown = describe(read_header(model))
-        return {"bytes": shown["nbytes"], "ratio": shown["ratio"], "mean_bits": shown["mean_bits"]}
-    return {"bytes": Checkpoint.load(model).fp32_nbytes, "ratio": 1.0, "mean_bits": 32.0}
-
-
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
@@ -170,7 +54,7 @@ def machine() -> dict[str, Any]:
 def body(args: argparse.Namespace) -> dict[str, Any]:
     if not Path(args.out).resolve().parent.is_dir():
         raise LowbitError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
-    experiment = Experiment(args)
+    experiment = Experiment(args.data, args.config, args.out, args.restart, control=not args.skip_control)
     rows = experiment.run()
     command = f"lowbit reproduce --data {args.data} --config {args.config} --out {args.out}"
     result = {

@@ -97,12 +97,21 @@ class TrainConfig:
     @classmethod
     def find(cls, name_or_file: PathLike) -> TrainConfig:
         """A named configuration, or a JSON file."""
-        named = {p.stem: p for p in _FOLDER.glob("*.json")}
-        path = named.get(str(name_or_file), Path(name_or_file))
-        if not path.is_file():
-            names = ", ".join(sorted(named))
-            raise LowbitError(f"{name_or_file}: no such training config; named ones: {names}, or a JSON file")
-        return cls.from_dict(read_json(path), str(name_or_file))
+        return cls.from_dict(read_json(config_file(name_or_file)), str(name_or_file))
+
+
+def config_file(name_or_file: PathLike) -> Path:
+    """The JSON file of a named configuration, or the file itself.
+
+    Raises:
+        LowbitError: neither.
+    """
+    named = {p.stem: p for p in _FOLDER.glob("*.json")}
+    path = named.get(str(name_or_file), Path(name_or_file))
+    if not path.is_file():
+        names = ", ".join(sorted(named))
+        raise LowbitError(f"{name_or_file}: no such training config; named ones: {names}, or a JSON file")
+    return path
 
 
 def _is_number(value: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
