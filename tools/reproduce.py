@@ -20,7 +20,7 @@ import lowbit
 from lowbit.errors import LowbitError
 from lowbit.files import write_json
 from lowbit.tools import cli
-from lowbit.tools.experiment import MIXED_PLANS, Experiment
+from lowbit.tools.experiment import RECIPES, Experiment
 from lowbit.tools.results import markdown, picture, replace_section
 
 
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         "Every stage resumes; the same command goes on after an interruption.",
     )
     p.add_argument("--data", required=True, metavar="DIR")
-    p.add_argument("--config", required=True, choices=sorted(MIXED_PLANS))
+    p.add_argument("--config", required=True, choices=sorted(RECIPES))
     p.add_argument("--out", required=True, metavar="DIR", help="models, logs and results")
     p.add_argument(
         "--docs", metavar="DIR", help="also write results/CONFIG.json and .png here, and the table into RESULTS.md"
