@@ -21,7 +21,7 @@ def find(name: str) -> str:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.sanitizer
 def test_kernels_under_sanitizers(tmp_path):
     configure = [
         find("cmake"), "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find('ninja')}",
