@@ -79,7 +79,7 @@ def picture(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 
     quality = [("test_ppl" if "test_ppl" in rows[0] else "valid_ppl", "perplexity")]
     if "test_rescored_wer" in rows[0]:
@@ -98,6 +98,9 @@ def picture(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
             axis.yaxis.set_major_formatter(ScalarFormatter())
             axis.yaxis.set_minor_formatter(ScalarFormatter())
         axis.set(xscale="log", xlabel="model file, bytes", ylabel=label)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda nbytes, _: cli.format_bytes(nbytes)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
         axis.margins(0.15)
     handles, labels = axes[0][-1].get_legend_handles_labels()
