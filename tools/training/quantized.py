@@ -72,7 +72,7 @@ class QuantizedMatrix:
         """U <- U + rate (W - Q), with ||U|| at most ||W||.
 
         ``rate`` is the share of the way to its target that the pull can have led W since the last update. Plain ADMM
-        has rate 1; under a weak pull W cannot answer, and U would wind up until half of all codes flip at every update.
+        has rate 1; under a weak pull W cannot answer, and U winds up (nearly half of all codes flipped at every update of a short run).
         """
         self.dual.add_(self.weight.data - self.quantized(), alpha=rate)
         limit, size = self.weight.data.norm(), self.dual.norm()
