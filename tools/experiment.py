@@ -40,8 +40,8 @@ class Recipe:
         return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-# Set by hand, not searched or compared. The vocabulary matrix is nearly half of the small PTB model, and 5 % of the ATIS
-# one, where 4 bits of it cost little.
+# Set by hand, not searched or compared. The vocabulary matrix is nearly half of the small PTB model, and 5 % of the
+# ATIS one, where 4 bits of it cost little.
 _HALF_VOCABULARY = (("embed", 2), ("*.attn.[qk]", 1), ("*.attn.[vo]", 4), ("*.mlp.*", 2))
 _SMALL_VOCABULARY = (("embed", 4), ("*.attn.[qk]", 1), ("*.attn.[vo]", 2), ("*.mlp.*", 2))
 RECIPES = {

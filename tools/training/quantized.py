@@ -72,7 +72,8 @@ class QuantizedMatrix:
         """U <- U + rate (W - Q), with ||U|| at most ||W||.
 
         ``rate`` is the share of the way to its target that the pull can have led W since the last update. Plain ADMM
-        has rate 1; under a weak pull W cannot answer, and U winds up (nearly half of all codes flipped at every update of a short run).
+        has rate 1; under a weak pull W cannot answer, and U winds up (in a short run nearly half of all codes flipped
+        at every update).
         """
         self.dual.add_(self.weight.data - self.quantized(), alpha=rate)
         limit, size = self.weight.data.norm(), self.dual.norm()
