@@ -13,9 +13,9 @@ namespace {
 
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr int64_t kWorkPerThread = 1 << 16;
-constexpr int64_t kRowUnit = 32;  // rows that a worker gets are a multiple of it
-// Up to this much the caller quantizes alone: a barrier costs more than the work.
-constexpr int64_t kSerialQuantize = 1 << 14;  // activations
+constexpr int64_t kRowUnit = 32;  // rows that a member gets are a multiple of it
+// Up to this much the caller prepares alone: a barrier costs more than the work.
+constexpr int64_t kSerialPrepare = 1 << 14;  // activations
 
 constexpr int64_t round_up(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
 
@@ -37,13 +37,6 @@ uint8_t* workspace(int64_t bytes) {
   return buffer.get();
 }
 
-// Part `rank` of `size` nearly equal parts, in whole units.
-Range part(int64_t count, int64_t unit, int rank, int size) {
-  const int64_t units = ceil_div(count, unit);
-  const int64_t begin = units * rank / size * unit, end = units * (rank + 1) / size * unit;
-  return {begin < count ? begin : count, end < count ? end : count};
-}
-
 // The team as a grid over outputs x rows: outputs first, so that each weight is read by one thread.
 struct Grid {
   int columns, rows;
@@ -56,50 +49,16 @@ Grid grid(int threads, int64_t column_units, int64_t row_units) {
   return {columns, static_cast<int>(rows < row_units ? rows : row_units)};
 }
 
-struct Plan {
-  const KernelSet* set;
-  Kernel kernel;
-  bool large;
-  int threads;
-  int64_t column_unit;  // blocks: what a worker gets is a multiple of it
-  int64_t scratch;      // bytes a worker
-};
+int64_t padded_k(const Form& form) { return ceil_div(form.k, kTileK) * kTileK; }
 
-Plan make_plan(const Job& job, Compute compute) {
-  const Isa isa = selected_isa();
-  const Matrix& w = job.w;
-  Plan plan{};
-  plan.set = &kernels(isa, w.bits);
-  plan.large = compute == Compute::kInt8 && job.m >= crossover(isa, w.bits);
-  if (compute == Compute::kExact) {
-    plan.kernel = plan.set->exact;
-  } else if (plan.large) {
-    plan.kernel = w.lookup ? plan.set->large.lookup : plan.set->large.affine;
-  } else {
-    plan.kernel = w.lookup ? plan.set->small_lookup : plan.set->small;
-  }
-  plan.column_unit = plan.large ? plan.set->large.blocks : 2;
-  plan.scratch = plan.large ? round_up(plan.set->large.scratch_bytes(job)) : 0;
-  const int64_t useful = job.m * w.n * w.k / kWorkPerThread + 1;
-  const int available = max_threads();
-  plan.threads = static_cast<int>(useful < available ? useful : available);
-  return plan;
+// Bytes of the scales, and of the sums, of int8 activations.
+int64_t count_bytes(const LinearPlan& plan) {
+  return round_up(plan.m * ceil_div(plan.form.k, plan.form.span) * 4);
 }
 
-void lay_out_activations(Job& job, bool tiled, uint8_t* at) {
-  const int64_t tiles = job.w.tiles_k(), counts = round_up(job.m * job.w.spans() * 4);
-  Activations& act = job.act;
-  act.scale = reinterpret_cast<float*>(at);
-  act.sum = reinterpret_cast<int32_t*>(at + counts);
-  act.q = reinterpret_cast<int8_t*>(at + 2 * counts);
-  act.row_stride = tiled ? kTileK : tiles * kTileK;
-  act.tile_stride = tiled ? 16 * kTileK : kTileK;
-  act.group_stride = 16 * tiles * kTileK;
-}
-
-// x with rows of whole tiles; a copy only where K is ragged.
-void pad_rows(Job& job, uint8_t* at, Range rows) {
-  float* padded = reinterpret_cast<float*>(at);
+// x with rows of whole tiles.
+void pad_rows(const Job& job, Range rows) {
+  auto* padded = const_cast<float*>(job.x_tiled);
   for (int64_t m = rows.begin; m < rows.end; ++m) {
     float* row = padded + m * job.x_tiled_stride;
     std::memcpy(row, job.x + m * job.x_stride, static_cast<size_t>(job.w.k) * sizeof(float));
@@ -109,42 +68,104 @@ void pad_rows(Job& job, uint8_t* at, Range rows) {
 
 }  // namespace
 
+LinearPlan plan_linear(const Matrix& w, int64_t m, Compute compute) {
+  const Isa isa = selected_isa();
+  const KernelSet& set = kernels(isa, w.bits);
+  const bool exact = compute == Compute::kExact, large = !exact && m >= crossover(isa, w.bits);
+  LinearPlan plan{};
+  if (exact) {
+    plan.kernel = set.exact;
+  } else if (large) {
+    plan.kernel = w.lookup ? set.large.lookup : set.large.affine;
+  } else {
+    plan.kernel = w.lookup ? set.small_lookup : set.small;
+  }
+  plan.quantize = set.quantize;
+  plan.form = {w.k, w.span, exact, large && set.large.tiled};
+  plan.m = m;
+  plan.column_unit = large ? set.large.blocks : 2;
+  if (large) {
+    Job job;
+    job.w = w;
+    job.m = m;
+    plan.scratch = round_up(set.large.scratch_bytes(job));
+  }
+  const int64_t useful = m * w.n * w.k / kWorkPerThread + 1;
+  const int available = max_threads();
+  plan.threads = static_cast<int>(useful < available ? useful : available);
+  return plan;
+}
+
+int64_t activation_bytes(const LinearPlan& plan) {
+  const int64_t row = padded_k(plan.form);
+  if (plan.form.exact) return plan.form.k == row ? 0 : round_up(plan.m * row * 4);
+  return 2 * count_bytes(plan) + ceil_div(plan.m, 16) * 16 * row;
+}
+
+void place_activations(Job& job, const LinearPlan& plan, uint8_t* memory) {
+  const int64_t row = padded_k(plan.form), counts = count_bytes(plan);
+  if (plan.form.exact) {
+    const bool ragged = plan.form.k != row;
+    job.x_tiled = ragged ? reinterpret_cast<const float*>(memory) : job.x;
+    job.x_tiled_stride = ragged ? row : job.x_stride;
+    return;
+  }
+  Activations& act = job.act;
+  act.scale = reinterpret_cast<float*>(memory);
+  act.sum = reinterpret_cast<int32_t*>(memory + counts);
+  act.q = reinterpret_cast<int8_t*>(memory + 2 * counts);
+  act.row_stride = plan.form.tiled ? kTileK : row;
+  act.tile_stride = plan.form.tiled ? 16 * kTileK : kTileK;
+  act.group_stride = 16 * row;
+}
+
+void prepare(const Job& job, const LinearPlan& plan, Range rows) {
+  if (!plan.form.exact) {
+    plan.quantize(job, rows);
+  } else if (job.x_tiled != job.x) {
+    pad_rows(job, rows);
+  }
+}
+
+void multiply(const Job& job, const LinearPlan& plan, const Team& team, uint8_t* scratch) {
+  const Grid g = grid(team.size, ceil_div(job.w.blocks(), plan.column_unit), ceil_div(job.m, kRowUnit));
+  if (team.rank >= g.columns * g.rows) return;
+  const Range blocks = share(job.w.blocks(), plan.column_unit, {team.rank % g.columns, g.columns});
+  const Range rows = share(job.m, kRowUnit, {team.rank / g.columns, g.rows});
+  if (blocks.size() > 0 && rows.size() > 0) plan.kernel(job, blocks, rows, scratch);
+}
+
+Range share(int64_t count, int64_t unit, const Team& team) {
+  const int64_t units = ceil_div(count, unit);
+  const int64_t begin = units * team.rank / team.size * unit,
+                end = units * (team.rank + 1) / team.size * unit;
+  return {begin < count ? begin : count, end < count ? end : count};
+}
+
+Matrix slice(const Matrix& w, Range blocks) {
+  Matrix part = w;
+  part.tiles += blocks.begin * w.block_bytes();
+  part.scales += blocks.begin * w.spans() * kTileN;
+  const int64_t end = blocks.end * kTileN < w.n ? blocks.end * kTileN : w.n;
+  part.n = end - blocks.begin * kTileN;
+  return part;
+}
+
 void qlinear(Job job, Compute compute) {
   if (job.m == 0 || job.w.n == 0) return;
-  const Matrix& w = job.w;
-  const Plan plan = make_plan(job, compute);
-  const bool exact = compute == Compute::kExact;
-  const int64_t padded_k = w.tiles_k() * kTileK;
-  int64_t shared = 0;
-  if (!exact) {
-    shared = 2 * round_up(job.m * w.spans() * 4) + round_up(ceil_div(job.m, 16) * 16 * padded_k);
-  } else if (w.k != padded_k) {
-    shared = round_up(job.m * padded_k * 4);
-  }
+  const LinearPlan plan = plan_linear(job.w, job.m, compute);
+  const int64_t shared = activation_bytes(plan);
   uint8_t* memory = workspace(shared + plan.threads * plan.scratch);
-
-  bool prepared = true;  // before the team starts
-  if (!exact) {
-    lay_out_activations(job, plan.large && plan.set->large.tiled, memory);
-    prepared = plan.threads == 1 || job.m * w.k <= kSerialQuantize;
-    if (prepared) plan.set->quantize(job, {0, job.m});
-  } else {
-    job.x_tiled = w.k == padded_k ? job.x : reinterpret_cast<const float*>(memory);
-    job.x_tiled_stride = w.k == padded_k ? job.x_stride : padded_k;
-    if (w.k != padded_k) pad_rows(job, memory, {0, job.m});
-  }
+  place_activations(job, plan, memory);
+  const bool alone = plan.threads == 1 || plan.form.exact || job.m * job.w.k <= kSerialPrepare;
+  if (alone) prepare(job, plan, {0, job.m});
 
   parallel(plan.threads, [&](const Team& team) {
-    if (!prepared) {
-      plan.set->quantize(job, part(job.m, 1, team.rank, team.size));
+    if (!alone) {
+      prepare(job, plan, share(job.m, 1, team));
       team.barrier();
     }
-    const Grid g = grid(team.size, ceil_div(w.blocks(), plan.column_unit), ceil_div(job.m, kRowUnit));
-    if (team.rank >= g.columns * g.rows) return;
-    const Range blocks = part(w.blocks(), plan.column_unit, team.rank % g.columns, g.columns);
-    const Range rows = part(job.m, kRowUnit, team.rank / g.columns, g.rows);
-    if (blocks.size() > 0 && rows.size() > 0)
-      plan.kernel(job, blocks, rows, memory + shared + team.rank * plan.scratch);
+    multiply(job, plan, team, memory + shared + team.rank * plan.scratch);
   });
 }
 

@@ -64,7 +64,53 @@ struct KernelSet {
 
 enum class Compute { kInt8, kExact };
 
-// The driver: quantizes, splits the work over threads, and runs. x rows are contiguous; y is overwritten.
+// What kernels want of activations. Matrices that want the same form can share one prepared copy.
+struct Form {
+  int64_t k, span;
+  bool exact;  // fp32 rows padded to whole tiles; otherwise int8
+  bool tiled;  // int8 in AMX tile order
+  bool operator==(const Form& o) const {
+    return k == o.k && exact == o.exact && tiled == o.tiled && (exact || span == o.span);
+  }
+};
+
+// How a call with M rows runs. Depends on shapes, the instruction set and set_threads() alone.
+struct LinearPlan {
+  Kernel kernel;
+  Quantizer quantize;
+  Form form;
+  int64_t m;
+  int64_t column_unit;  // blocks: what a member gets is a multiple of it
+  int64_t scratch;      // bytes a member
+  int threads;          // that are worth waking for this call alone
+};
+
+// The driver: prepares activations, splits the work over threads, and runs. x rows are contiguous; y is
+// overwritten.
 void qlinear(Job job, Compute compute);
+
+// The same in steps that neither allocate nor open a parallel region, for callers who run in one (parallel.h):
+//
+//   plan = plan_linear(w, m, compute)            anywhere
+//   place_activations(job, plan, memory)         memory: activation_bytes(plan), 64-byte aligned, one for the team
+//   prepare(job, plan, share(m, 1, team))        every member its rows; then a barrier
+//   multiply(job, plan, team, scratch)           every member; scratch: plan.scratch bytes, 64-byte aligned, its own
+//
+// job.w, x, x_stride, m, y, y_stride and bias are set before. y is complete after the next barrier; until
+// then the activations must stay. Where plan.form of several matrices is equal (q, k, v), prepare one job and
+// give the others its act, x_tiled and x_tiled_stride. With few activations (M * K up to some thousands) a
+// barrier costs more than the work: then each member prepares all rows in memory of its own instead.
+struct Team;
+LinearPlan plan_linear(const Matrix& w, int64_t m, Compute compute);
+int64_t activation_bytes(const LinearPlan& plan);
+void place_activations(Job& job, const LinearPlan& plan, uint8_t* memory);
+void prepare(const Job& job, const LinearPlan& plan, Range rows);
+void multiply(const Job& job, const LinearPlan& plan, const Team& team, uint8_t* scratch);
+
+// Member `rank`'s part of `count` things in nearly equal contiguous parts of whole units.
+Range share(int64_t count, int64_t unit, const Team& team);
+
+// Outputs [16 * blocks.begin, 16 * blocks.end) as a matrix of its own (logits a piece at a time).
+Matrix slice(const Matrix& w, Range blocks);
 
 }  // namespace lowbit
