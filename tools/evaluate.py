@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from lowbit.tools import cli
 from lowbit.tools.engine_options import add_engine_options, add_model, load_engine
 
@@ -23,14 +25,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--text", required=True, metavar="FILE", help="text, one sentence a line")
     p.add_argument("--mode", choices=("stream", "sentence"), default="stream")
     p.add_argument("--stride", type=int, metavar="N", help="tokens that the context slides by (default: half of it)")
+    p.add_argument("--token-nll", metavar="FILE.npy", help="also write the NLL of every token (fp32, in nats)")
     add_engine_options(p)
     return p
 
 
 def body(args: argparse.Namespace) -> dict[str, Any]:
     from lowbit.errors import LowbitError
-    from lowbit.files import read_lines
+    from lowbit.files import atomic_path, check_writable, read_lines
 
+    if args.token_nll:
+        check_writable(args.token_nll)
     lines = [line for line in read_lines(args.text) if line.strip()]
     if not lines:
         raise LowbitError(f"{args.text}: the file holds no text")
@@ -41,6 +46,9 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
     with cli.Progress("evaluate", total, "token") as bar:
         result = lm.evaluate(lines, args.mode, args.stride, bar.advance)
     seconds = time.perf_counter() - start
+    if args.token_nll:
+        with atomic_path(args.token_nll) as temporary, open(temporary, "wb") as stream:
+            np.save(stream, result.token_nll)
     console = cli.console(args)
     console.print(f"perplexity {result.ppl:.3f}  ({args.mode}, stride {result.stride}, context {result.max_len})")
     share = result.n_oov / (result.n_tokens - result.n_lines)

@@ -27,6 +27,7 @@ from lowbit.plan import MatrixPlan, Plan
 from lowbit.quantize import QuantTensor, check_group, fit, nearest_codes, quantize, table_tensor
 from lowbit.tables import find_table
 from lowbit.tools import cli
+from lowbit.tools.provenance import padded
 
 METHODS = {
     "lossless": "codes and scales of the checkpoint, verified weight by weight",
@@ -105,7 +106,7 @@ def pack_checkpoint(checkpoint: Checkpoint, packing: Packing, info: dict[str, An
         if packing.method == "lossless" and not torch.equal(matrices[name].to_quant_tensor().dequantize(), weight):
             raise LowbitError(f"matrix {name!r}: the packed codes do not give back the checkpoint's weights")
     vectors = {name: checkpoint.tensors[name] for name in checkpoint.config.vector_shapes()}
-    made_by = {"lowbit": lowbit.__version__, "method": packing.method, **(info or {})}
+    made_by = padded({"lowbit": lowbit.__version__, "method": packing.method, **(info or {})})
     return PackedModel(checkpoint.config, checkpoint.vocab, matrices, vectors, checkpoint.fp32_nbytes, made_by)
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lowbit.container import Header, PackedFile, read_header
 from lowbit.tools import cli
+from lowbit.tools.provenance import unpadded
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +42,7 @@ def describe(header: Header) -> dict[str, Any]:
         "matrices": matrices, "matrices_nbytes": payload, "vectors_nbytes": vectors, "vocab_nbytes": vocab,
         "header_nbytes": header.file_nbytes - payload - vectors - vocab, "nbytes": header.file_nbytes,
         "fp32_nbytes": header.fp32_nbytes, "ratio": header.ratio, "mean_bits": header.mean_bits,
-        "n_parameters": header.config.n_parameters(), "made_by": header.made_by,
+        "n_parameters": header.config.n_parameters(), "made_by": unpadded(header.made_by),
     }  # fmt: skip
 
 

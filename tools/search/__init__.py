@@ -1,0 +1,1 @@
+"""Choosing the precision of every matrix: sensitivity, exact allocation, architecture search (DESIGN section 7)."""
