@@ -19,7 +19,8 @@ LAYERS = [
     ["errors"], ["files"], ["tables"], ["bitpack"], ["quantize"], ["config"], ["plan"], ["vocab"],
     ["container_checks"], ["container_header"], ["container"],
     ["kernels", "_C"], ["ops"], ["layers"], ["model"], ["checkpoint"], ["loading"],
-    ["forest"], ["backend"], ["state"], ["engine"], ["nbest"], ["wer"], ["tune"], ["rescore"],
+    ["forest"], ["backend"], ["state"], ["engine"],
+    ["align"], ["normalize"], ["wer"], ["significance"], ["nbest"], ["tune"], ["rescore"],
     ["tools"],
 ]  # fmt: skip
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

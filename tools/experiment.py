@@ -12,10 +12,11 @@ from lowbit.errors import LowbitError
 from lowbit.files import read_json
 from lowbit.nbest import read_nbest
 from lowbit.plan import Plan
+from lowbit.significance import bootstrap, mapsswe
 from lowbit.tools.pipeline import Pipeline
 from lowbit.tools.training.config import TrainConfig, config_file
 from lowbit.tools.training.data import corpus_file
-from lowbit.wer import bootstrap, mapsswe, score_corpus
+from lowbit.wer import score_corpus
 
 
 @dataclass(frozen=True)

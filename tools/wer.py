@@ -74,7 +74,8 @@ def matched(ref: Side, hyp: Side) -> list[str]:
 
 def body(args: argparse.Namespace) -> dict[str, Any]:
     from lowbit.errors import LowbitError
-    from lowbit.wer import bootstrap, oracle_errors, score_corpus
+    from lowbit.significance import bootstrap
+    from lowbit.wer import oracle_errors, score_corpus
 
     if len(args.hyp) > 2:
         raise LowbitError("at most two systems can be compared")
@@ -103,7 +104,7 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
 
 def compare(refs: list[str], texts: list[list[str]], scored: list[Any], options: dict[str, Any]) -> dict[str, Any]:
     """Paired bootstrap of the difference, first minus second, and MAPSSWE."""
-    from lowbit.wer import bootstrap, mapsswe
+    from lowbit.significance import bootstrap, mapsswe
 
     a, b = scored
     interval = bootstrap(a.errors, a.ref_words, b.errors, **options)
