@@ -1,156 +1,144 @@
-"""N-best lists as JSON lines: ``{"id", "ref"?, "hyps": [{"text", "am"?, "lm"?}]}``, best first (DESIGN section 8).
-
-Fields that lowbit does not know (a speaker, a duration) are kept and written back.
-"""
+"""N-best lists in every form: read and written as a stream, in constant memory (but for 8 bytes an utterance)."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
+import numpy as np
+import xxhash
+
+from lowbit import nbest_json, nbest_tables
 from lowbit.errors import LowbitError
-from lowbit.files import PathLike, atomic_path, not_utf8, open_text
+from lowbit.files import PathLike
+from lowbit.nbest_record import Hypothesis, NBest
+from lowbit.streams import STDIO, text_output
+
+__all__ = ["FORMATS", "OUTPUT_FORMATS", "Hypothesis", "NBest", "find_format", "read_nbest", "write_nbest"]
+
+Reader = Callable[[PathLike], Iterator[tuple[str, NBest]]]
+READERS: dict[str, Reader] = {
+    "jsonl": nbest_json.read_jsonl,
+    "json": nbest_json.read_json,
+    "kaldi": nbest_tables.read_kaldi,
+    "tsv": nbest_tables.read_tsv,
+}
+FORMATS = tuple(READERS)
 
 
-@dataclass(frozen=True)
-class Hypothesis:
-    """One hypothesis.
+def find_format(path: PathLike) -> str:
+    """The format that a name stands for: .jsonl, .json, .tsv (each also with .gz), .trn, a directory (Kaldi).
 
-    Attributes:
-        am: the recogniser's score, a log-probability up to scale; larger is better.
-        lm: log-probability under the first pass's language model.
-        extra: every other field.
+    Standard input and other names are JSON lines.
     """
-
-    text: str
-    am: float | None = None
-    lm: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        scores = {k: v for k, v in (("am", self.am), ("lm", self.lm)) if v is not None}
-        return {"text": self.text} | scores | self.extra
+    name = str(path).removesuffix(".gz")
+    if name != STDIO and Path(name).is_dir():
+        return "kaldi"
+    suffix = Path(name).suffix[1:]
+    return suffix if suffix in (*FORMATS, *WRITERS) else "jsonl"
 
 
-@dataclass(frozen=True)
-class NBest:
-    """The hypotheses of one utterance, best first, all with ``am`` or all without."""
+def read_nbest(path: PathLike, format: str | None = None) -> Iterator[NBest]:
+    """Stream the utterances of a file or directory (:mod:`lowbit.nbest_json`, :mod:`lowbit.nbest_tables`).
 
-    id: str
-    hyps: list[Hypothesis]
-    ref: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def has_am(self) -> bool:
-        return self.hyps[0].am is not None
-
-    def to_dict(self) -> dict[str, Any]:
-        ref = {} if self.ref is None else {"ref": self.ref}
-        return {"id": self.id} | self.extra | ref | {"hyps": [h.to_dict() for h in self.hyps]}
-
-    @classmethod
-    def from_dict(cls, record: Any, where: str = "N-best list") -> NBest:
-        """Validating inverse of :meth:`to_dict`; ``where`` (file and line) heads every error."""
-        if not isinstance(record, dict):
-            raise LowbitError(f"{where}: expected an object with 'id' and 'hyps', found {type(record).__name__}")
-        name = record.get("id")
-        if not isinstance(name, str) or not name:
-            raise LowbitError(f"{where}: the utterance has no 'id' (a string that is not empty)")
-        where = f"{where}: utterance {name!r}"
-        ref, hyps = record.get("ref"), record.get("hyps")
-        if ref is not None and not isinstance(ref, str):
-            raise LowbitError(f"{where}: 'ref' must be a string, not {type(ref).__name__}")
-        if not isinstance(hyps, list) or not hyps:
-            raise LowbitError(f"{where}: 'hyps' must be a list with at least one hypothesis")
-        parsed = [_hypothesis(h, f"{where}: hypothesis {i}") for i, h in enumerate(hyps, 1)]
-        without = [i for i, h in enumerate(parsed, 1) if h.am is None]
-        if without and len(without) < len(parsed):
-            raise LowbitError(f"{where}: hypothesis {without[0]} has no 'am' but others have; give it to all or none")
-        extra = {k: v for k, v in record.items() if k not in ("id", "ref", "hyps")}
-        return cls(name, parsed, ref, extra)
-
-
-def _hypothesis(record: Any, where: str) -> Hypothesis:
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise LowbitError(f"{where}: expected an object with 'text' (a string)")
-    scores = {name: _finite(record.get(name), f"{where}: {name!r}") for name in ("am", "lm")}
-    extra = {k: v for k, v in record.items() if k not in ("text", "am", "lm")}
-    return Hypothesis(record["text"], **scores, extra=extra)
-
-
-def _finite(value: Any, where: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise LowbitError(f"{where} must be a number, not {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise LowbitError(f"{where} must be a finite number")
-    return number
-
-
-def read_nbest(path: PathLike) -> Iterator[NBest]:
-    """Stream the utterances of a JSON-lines file (``.gz`` where its name says so); blank lines are skipped.
+    Args:
+        path: "-" is standard input; ``.gz`` is decompressed.
+        format: one of ``FORMATS``; by default what :func:`find_format` says.
 
     Raises:
-        LowbitError: names file, line and utterance: not JSON, no id, an id twice, an empty list, a score that is not a
-            finite number or is missing in part of a list, or a file without any list.
+        LowbitError: names file, line and utterance: not in the format, no id, an id twice, an empty list, a score that
+            is not a finite number or is missing in part of a list, or a file without any list.
     """
-    seen: dict[str, int] = {}
-    with open_text(path) as stream:
-        try:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}: line {number}"
-                utterance = NBest.from_dict(_parse(line, where), where)
-                if (first := seen.setdefault(utterance.id, number)) != number:
-                    raise LowbitError(f"{where}: utterance {utterance.id!r} occurs twice, first on line {first}")
-                yield utterance
-        except UnicodeDecodeError:
-            raise not_utf8(path) from None
-        except (OSError, EOFError) as error:
-            raise LowbitError(f"{path}: cannot read: {error}") from None
-    if not seen:
-        raise LowbitError(f"{path}: holds no N-best list; expected JSON lines with 'id' and 'hyps'")
+    reader = _pick(READERS, format or find_format(path), "read")
+    seen = _Names()
+    for index, (place, utterance) in enumerate(reader(path)):
+        if not seen.add(utterance.id):
+            first = _first_place(reader, path, utterance.id, index)
+            if first:
+                raise LowbitError(f"{path}: {place}: utterance {utterance.id!r} occurs twice, first on {first}")
+        yield utterance
+    if not len(seen):
+        raise LowbitError(f"{path}: holds no N-best list; expected utterances with 'id' and 'hyps'")
 
 
-def _parse(line: str, where: str) -> Any:
-    def reject(name: str) -> None:
-        raise LowbitError(f"{where}: {name} is not a finite number")
+def _first_place(reader: Reader, path: PathLike, name: str, before: int) -> str | None:
+    """Where an utterance stands before the ``before``-th; None if nowhere, and two names only have the same hash."""
+    if str(path) == STDIO:
+        return "an earlier line"
+    for index, (place, utterance) in enumerate(reader(path)):
+        if index == before:
+            return None
+        if utterance.id == name:
+            return place
+    return None
 
-    try:
-        return json.loads(line, parse_constant=reject)
-    except LowbitError:
-        raise
-    except (ValueError, RecursionError) as error:
-        reason = str(error).removesuffix(": line 1 column 1 (char 0)")
-        raise LowbitError(f"{where}: not JSON: {reason}") from None
+
+class _Names:
+    """A set of names as 8-byte hashes: two of a million names have the same one with probability 3e-8."""
+
+    BUFFER = 1 << 16
+
+    def __init__(self) -> None:
+        self._sorted = np.empty(0, np.uint64)
+        self._recent: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._sorted) + len(self._recent)
+
+    def add(self, name: str) -> bool:
+        """False if it was there."""
+        value = xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))
+        at = np.searchsorted(self._sorted, np.uint64(value))
+        if value in self._recent or (at < len(self._sorted) and int(self._sorted[at]) == value):
+            return False
+        self._recent.add(value)
+        if len(self._recent) == self.BUFFER:
+            recent = np.fromiter(self._recent, np.uint64, self.BUFFER)
+            self._sorted = np.sort(np.concatenate([self._sorted, recent]), kind="stable")
+            self._recent = set()
+        return True
 
 
-def write_nbest(path: PathLike, utterances: Iterable[NBest]) -> int:
-    """Stream utterances to a file that appears only when complete; gzip where its name ends in ``.gz``.
+def _write_best(line: Callable[[str, str], str]) -> Callable[[PathLike, Iterable[NBest]], int]:
+    """A writer of transcripts: the best hypothesis of every utterance."""
+
+    def write(path: PathLike, utterances: Iterable[NBest]) -> int:
+        count = 0
+        with text_output(path) as stream:
+            for utterance in utterances:
+                stream.write(line(utterance.id, " ".join(utterance.hyps[0].text.split())) + "\n")
+                count += 1
+        return count
+
+    return write
+
+
+WRITERS: dict[str, Callable[[PathLike, Iterable[NBest]], int]] = {
+    "jsonl": nbest_json.write_jsonl,
+    "json": nbest_json.write_json,
+    "kaldi": nbest_tables.write_kaldi,
+    "tsv": nbest_tables.write_tsv,
+    "text": _write_best(lambda name, words: f"{name} {words}".rstrip()),
+    "trn": _write_best(lambda name, words: f"{words} ({name})".lstrip()),
+}
+OUTPUT_FORMATS = tuple(WRITERS)
+
+
+def write_nbest(path: PathLike, utterances: Iterable[NBest], format: str | None = None) -> int:
+    """Stream utterances to a file or directory that appears only when complete.
+
+    Args:
+        path: "-" is standard output; gzip where it ends in ``.gz``.
+        format: one of ``OUTPUT_FORMATS``; "text" (Kaldi's: id, words) and "trn" (sclite's) hold the best hypotheses
+            only.
 
     Returns:
         how many were written.
     """
-    count = 0
-    with atomic_path(path) as temporary, open(temporary, "wb") as raw:
-        packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if str(path).endswith(".gz") else raw
-        with io.TextIOWrapper(packed, encoding="utf-8") as stream:
-            for utterance in utterances:
-                try:
-                    stream.write(json.dumps(utterance.to_dict(), ensure_ascii=False, allow_nan=False) + "\n")
-                except ValueError as error:
-                    raise LowbitError(f"{path}: utterance {utterance.id!r}: {error}") from None
-                count += 1
-    return count
+    return _pick(WRITERS, format or find_format(path), "write")(path, utterances)
+
+
+def _pick(table: dict[str, Callable], format: str, verb: str) -> Callable:
+    if format not in table:
+        raise LowbitError(f"cannot {verb} the format {format!r}; one of {', '.join(table)}")
+    return table[format]

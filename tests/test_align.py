@@ -61,7 +61,7 @@ def test_known_alignments(ref, hyp, edits):
 
 def test_counts_differ_from_levenshtein_where_gaps_are_cheaper():
     # At weights 4/3/3 five gaps cost 15, like three substitutions and a gap, which are the fewest errors (4).
-    ref, hyp = "c c c b a".split(), "b a a b".split()
+    ref, hyp = list("cccba"), list("baab")
     assert align(ref, hyp) == "DDDCICI"
     assert align(ref, hyp, "levenshtein").count("C") == 1
     assert sum(count_edits(*letters((ref, hyp)))) == 5

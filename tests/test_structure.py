@@ -16,11 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports only from modules before it (docs/ARCHITECTURE.md); those of one group know nothing of each other.
 LAYERS = [
-    ["errors"], ["files"], ["tables"], ["bitpack"], ["quantize"], ["config"], ["plan"], ["vocab"],
+    ["errors"], ["files"], ["streams"], ["tables"], ["bitpack"], ["quantize"], ["config"], ["plan"], ["vocab"],
     ["container_checks"], ["container_header"], ["container"],
     ["kernels", "_C"], ["ops"], ["layers"], ["model"], ["checkpoint"], ["loading"],
     ["forest"], ["backend"], ["state"], ["engine"],
-    ["align"], ["normalize"], ["wer"], ["significance"], ["nbest"], ["tune"], ["rescore"],
+    ["align"], ["normalize"], ["wer"], ["significance"], ["nbest_record"], ["nbest_json", "nbest_tables"],
+    ["nbest"], ["tune"], ["rescore"],
     ["tools"],
 ]  # fmt: skip
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
