@@ -163,6 +163,4 @@ def inverse_costs(costs: Costs, squared_errors: Costs) -> dict[str, dict[str, fl
     Matrices that suffer most get fewest bits; the control that shows whether sensitivities carry information.
     """
     tiny = min((v for row in costs.values() for v in row.values() if v > 0), default=1.0)
-    return {
-        m: {c: squared_errors[m][c] ** 2 / max(cost, tiny) for c, cost in row.items()} for m, row in costs.items()
-    }
+    return {m: {c: squared_errors[m][c] ** 2 / max(cost, tiny) for c, cost in row.items()} for m, row in costs.items()}

@@ -44,7 +44,7 @@ class Relaxation:
         self.curves.reverse()
 
     def bound(self, first: int, capacity: np.ndarray | float) -> np.ndarray:
-        """Least relaxed cost of items ``first`` .. n-1 within ``capacity``; infinite where even the lightest weigh more."""
+        """Least relaxed cost of items ``first`` .. n-1 within ``capacity``; infinite where none fit."""
         w, c = self.curves[first]
         return np.where(capacity < w[0], np.inf, np.interp(capacity, w, c))
 
@@ -120,9 +120,7 @@ def relaxed_cost(weights: Sequence[Sequence[int]], costs: Sequence[Sequence[floa
     return float(Relaxation(*arrays).bound(0, float(capacity)))
 
 
-def ranked(
-    weights: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], capacity: int
-) -> Iterator[Solution]:
+def ranked(weights: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], capacity: int) -> Iterator[Solution]:
     """All solutions within ``capacity`` in the order of their cost, each found when it is asked for.
 
     What is left after a solution is split into parts that cannot overlap: part j shares its choices of items before j
