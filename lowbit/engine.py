@@ -45,11 +45,18 @@ class SentenceScore:
 
 @dataclass(frozen=True, eq=False)
 class NBestScores:
-    """Scores of one N-best list: natural log P fp64 [H], words int64 [H], out-of-vocabulary words int64 [H]."""
+    """Scores of one N-best list.
+
+    Attributes:
+        logprobs: fp64 [H], natural log P of words and end of sentence.
+        words, oov: int64 [H], words, and those of them out of vocabulary.
+        token_logprobs: per hypothesis fp64 [words + 1], whose sum is its log P.
+    """
 
     logprobs: np.ndarray
     words: np.ndarray
     oov: np.ndarray
+    token_logprobs: list[np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,18 +142,25 @@ class LanguageModel:
             scores.append(SentenceScore(float(values.sum()), values.tolist(), tokens, oov))
         return scores
 
-    def score_nbest(self, lists: Sequence[Sequence[str]]) -> list[NBestScores]:
-        """Log P of the hypotheses of N-best lists, each list read as a trie: a shared prefix is computed once."""
+    def score_nbest(self, lists: Sequence[Sequence[str]], contexts: Sequence[str] | None = None) -> list[NBestScores]:
+        """Log P of the hypotheses of N-best lists, each list read as a trie: a shared prefix is computed once.
+
+        Args:
+            contexts: the text before every list, sentences separated by ``</s>``; what fits of its end is read.
+        """
         out: list[NBestScores] = []
         for start in range(0, len(lists), _FOREST_LISTS):
-            encoded = [[self.vocab.encode(h) for h in hyps] for hyps in lists[start : start + _FOREST_LISTS]]
+            part = slice(start, start + _FOREST_LISTS)
+            encoded = [[self.vocab.encode(h) for h in hyps] for hyps in lists[part]]
             ids = [[words for words, _ in hyps] for hyps in encoded]
-            query, paths = tries(ids, self.config.max_len, self.stride)
+            before = None if contexts is None else [self.vocab.encode(text)[0] for text in contexts[part]]
+            query, paths = tries(ids, self.config.max_len, self.stride, contexts=before)
             log_probs = self.backend.log_probs(query).astype(np.float64)
             for hyps, rows in zip(encoded, paths):
-                logprobs = np.array([log_probs[row].sum() for row in rows])
+                tokens = [log_probs[row] for row in rows]
                 words = np.array([len(w) for w, _ in hyps], np.int64)
-                out.append(NBestScores(logprobs, words, np.array([oov for _, oov in hyps], np.int64)))
+                oov = np.array([oov for _, oov in hyps], np.int64)
+                out.append(NBestScores(np.array([t.sum() for t in tokens]), words, oov, tokens))
         return out
 
     def perplexity(self, lines: Iterable[str], mode: str = "stream", stride: int | None = None) -> float:
@@ -263,13 +277,7 @@ class LanguageModel:
             scored = self.score_nbest([[h.text for h in u.hyps] for u in batch])
             for utterance, scores in zip(batch, scored):
                 combined = first_pass_scores(utterance) + lm_weight * scores.logprobs + length_bonus * scores.words
-                hyps = [
-                    replace(h, extra=h.extra | {"logprob": float(p), "score": float(c)})
-                    for h, p, c in zip(utterance.hyps, scores.logprobs, combined)
-                ]
-                order = np.argsort(-combined, kind="stable")
-                extra = utterance.extra | {"first_pass": first_pass_kind(utterance), "oov": int(scores.oov.sum())}
-                yield replace(utterance, hyps=[hyps[i] for i in order], extra=extra)
+                yield reorder(utterance, combined, {"logprob": scores.logprobs}, int(scores.oov.sum()))
 
     def _stride(self, stride: int | None) -> int:
         stride = max(1, self.config.max_len // 2) if stride is None else stride
@@ -297,6 +305,20 @@ class LanguageModel:
                     batch, size = [], 0
         run(batch)
         return np.concatenate(out)
+
+
+def reorder(utterance: Any, combined: np.ndarray, columns: dict[str, np.ndarray], oov: int) -> Any:
+    """The list sorted by ``combined`` fp64 [H], best first; ties keep their order.
+
+    Args:
+        columns: fields of the hypotheses, fp64 [H] each, to be kept beside their ``score``.
+        oov: out-of-vocabulary words of the list, kept beside the kind of its first pass.
+    """
+    columns = columns | {"score": combined}
+    rows = [{name: float(column[i]) for name, column in columns.items()} for i in range(len(combined))]
+    hyps = [replace(h, extra=h.extra | row) for h, row in zip(utterance.hyps, rows)]
+    extra = utterance.extra | {"first_pass": first_pass_kind(utterance), "oov": oov}
+    return replace(utterance, hyps=[hyps[i] for i in np.argsort(-combined, kind="stable")], extra=extra)
 
 
 def first_pass_kind(utterance: Any) -> str:

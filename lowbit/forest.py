@@ -6,6 +6,7 @@ chains. What is asked of a forest is always the same: log P(next token | path fr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -210,12 +211,18 @@ class _TrieBuilder:
 
 
 def tries(
-    lists: Iterable[Sequence[Sequence[int]]], max_len: int, stride: int, max_nodes: int = 512
+    lists: Iterable[Sequence[Sequence[int]]],
+    max_len: int,
+    stride: int,
+    max_nodes: int = 512,
+    contexts: Iterable[Sequence[int]] | None = None,
 ) -> tuple[Query, list[list[np.ndarray]]]:
     """One trie per N-best list: shared prefixes once, duplicates collapse.
 
     Args:
         lists: per utterance the token ids of its hypotheses, without ``</s>``.
+        contexts: per utterance the text before it, without the ``</s>`` between them; as much of its end is read as
+            leaves room for the longest hypothesis.
         max_len: hypotheses that need more inputs than this are read as windows (:func:`windows`) beside the trie.
         max_nodes: a trie that would grow beyond this is continued in another one; bounds the attention mask.
 
@@ -223,7 +230,9 @@ def tries(
         the query, and for every utterance and hypothesis the requests (int64 [words + 1]) whose sum is its log P.
     """
     builder, paths = _TrieBuilder(), []
-    for hyps in lists:
+    for hyps, context in zip(lists, itertools.repeat(()) if contexts is None else contexts):
+        longest = max((len(words) for words in hyps if len(words) < max_len), default=0)
+        prefix = (EOS_ID, *context, EOS_ID)[longest - max_len :] if len(context) else (EOS_ID,)
         found: dict[tuple[int, ...], np.ndarray] = {}
         root = None
         # Sorted, so that the hypotheses which share a prefix fall into the same part of a divided trie.
@@ -236,8 +245,10 @@ def tries(
                 continue
             if root is None or len(builder.tokens) - root + len(words) > max_nodes:
                 # A node index is part of every key, so nodes of finished tries are never found again.
-                root = builder.node(-1, EOS_ID)
-            found[words] = np.array(builder.add_path(root, words))
+                root = top = len(builder.tokens)
+                for token in prefix:
+                    top = builder.node(-1 if len(builder.tokens) == root else top, token)
+            found[words] = np.array(builder.add_path(top, words))
         paths.append([found[tuple(words)] for words in hyps])
     forest = Forest(np.array(builder.tokens, np.int32), np.array(builder.parents, np.int32))
     return Query(forest, np.array(builder.nodes), np.array(builder.targets)), paths
