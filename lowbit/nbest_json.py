@@ -55,9 +55,14 @@ def write_jsonl(path: PathLike, utterances: Iterable[NBest]) -> int:
     count = 0
     with text_output(path) as stream:
         for utterance in utterances:
-            stream.write(_dump(utterance.to_dict(), path, utterance.id) + "\n")
+            stream.write(dump_list(utterance, path) + "\n")
             count += 1
     return count
+
+
+def dump_list(utterance: NBest, path: PathLike) -> str:
+    """The line that :func:`write_jsonl` writes; ``path`` is for the error."""
+    return _dump(utterance.to_dict(), path, utterance.id)
 
 
 def _dump(value: Any, path: PathLike, name: str) -> str:

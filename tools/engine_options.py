@@ -1,12 +1,14 @@
-"""How a model runs: the options of every stage that loads one."""
+"""How a model runs, and in which form N-best lists come: options that several stages share."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lowbit.engine import LanguageModel
+    from lowbit.nbest_record import NBest
 
 
 def add_model(p: argparse.ArgumentParser) -> None:
@@ -26,3 +28,24 @@ def load_engine(args: argparse.Namespace) -> LanguageModel:
     import lowbit
 
     return lowbit.load(args.model, device=args.device, compute=args.compute, threads=args.threads)
+
+
+def add_list_options(p: argparse.ArgumentParser) -> None:
+    """The form of N-best lists, and how many paths of a lattice become one."""
+    p.add_argument("--format", metavar="F", help="jsonl, json (mlm-scoring, ESPnet), kaldi, tsv or lattice "
+                   "(default: by name; a directory is kaldi's)")  # fmt: skip
+    p.add_argument("--paths", type=int, default=100, metavar="N", help="best paths of a lattice (default 100)")
+    p.add_argument("--acoustic-scale", type=float, default=0.1, metavar="S",
+                   help="of a lattice's acoustic costs, where its best paths are found (default 0.1)")  # fmt: skip
+    p.add_argument("--words", metavar="words.txt", help="symbol table of a lattice whose words are numbers")
+
+
+def read_lists(args: argparse.Namespace, path: str) -> Iterator[NBest]:
+    """The lists of ``path`` as the options of :func:`add_list_options` say."""
+    from lowbit.nbest import read_nbest
+
+    if args.format == "lattice":
+        from lowbit.lattice import read_lattices
+
+        return read_lattices(path, args.paths, args.acoustic_scale, args.words)
+    return read_nbest(path, args.format)
