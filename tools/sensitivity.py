@@ -32,7 +32,6 @@ from lowbit.tools.training.parallel import Parallel
 from lowbit.tools.training.start import Corpora, prepare_run
 
 _TOKENS = {"hessian": 2048, "fisher": 2048, "kl": 512}  # a sample reads
-_CHECK_TOKENS = 16_384
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ratio", type=float, default=16.0, help="compression of those allocations (default: %(default)s)")
     p.add_argument("--check", metavar="CHOICE", choices=list(CHOICES),
                    help="also measure the loss with each matrix rounded to this, and the rank correlation")  # fmt: skip
+    p.add_argument("--check-tokens", type=int, default=131_072, metavar="N", help="of that (default: %(default)s)")
     p.add_argument("--seed", type=int, default=1, help="order of the text, and probes (default: %(default)s)")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
@@ -72,8 +72,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     least, most = args.samples
     if not 2 <= least <= most:
         raise LowbitError(f"--samples {least} {most}: needs 2 <= LEAST <= MOST")
-    if args.tokens is not None and args.tokens < 1:
-        raise LowbitError(f"--tokens must be at least 1, not {args.tokens}")
+    for name in ("tokens", "check_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise LowbitError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     for name in ("standard_error", "agreement"):
         if not 0 < getattr(args, name) <= 1:
             raise LowbitError(f"--{name.replace('_', '-')} must lie in (0, 1], not {getattr(args, name)}")
@@ -125,7 +126,7 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
 
 def _checksum(weights: Mapping[str, torch.Tensor]) -> list[float]:
     """Enough of the weights to tell two checkpoints of the same training configuration apart."""
-    return [float(w.double().sum()) for w in weights.values()]
+    return [float(w.detach().double().sum()) for w in weights.values()]
 
 
 def describe(
@@ -180,13 +181,15 @@ def check(
     args: argparse.Namespace, model: torch.nn.Module, weights: Mapping[str, torch.nn.Parameter], text: Text,
     matrices: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    """Predicted costs against the measured increase of the loss, one matrix at a time."""
+    """Predicted costs against the measured increase of the loss, one matrix at a time, and against its even part."""
     tokens = text[0].tokens.numel()
-    batches = max(2, -(-_CHECK_TOKENS // tokens))
+    batches = max(2, -(-args.check_tokens // tokens))
     measured = measured_increase(model, weights, args.check, text, batches)
     predicted = [matrices[m]["omega"][args.check] for m in weights]
-    rho = spearman(predicted, [measured[m]["nll"] for m in weights])
-    return {"choice": args.check, "tokens": batches * tokens, "measured": measured, "spearman": rho}
+    out = {"choice": args.check, "tokens": batches * tokens, "measured": measured}
+    for name, part in (("spearman", "nll"), ("spearman_even", "even")):
+        out[name] = spearman(predicted, [measured[m][part] for m in weights])
+    return out
 
 
 def show(args: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -209,7 +212,10 @@ def show(args: argparse.Namespace, result: dict[str, Any]) -> None:
     )
     if "check" in result:
         c = result["check"]
-        console.print(f"Spearman's rho with the measured increase at {c['choice']}: {c['spearman']:.3f}")
+        console.print(
+            f"Spearman's rho with the measured increase at {c['choice']}: {c['spearman']:.3f};"
+            f" with its even part {c['spearman_even']:.3f}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from lowbit.errors import LowbitError
 from lowbit.model import TransformerLM
+from lowbit.tools import cli
 from lowbit.tools.search.budget import Budget
 from lowbit.tools.search.choices import images, squared_errors
 from lowbit.tools.search.curvature import fisher, hutchinson, mean_nll
@@ -159,9 +160,14 @@ class StoppingRule:
 def measured_increase(
     model: TransformerLM, weights: Mapping[str, torch.nn.Parameter], choice: str, text: Text, batches: int
 ) -> dict[str, dict[str, float]]:
-    """Matrix -> mean increase of the NLL (nats a token) when it alone is rounded to ``choice``, and its standard error.
+    """Mean increase of the NLL (nats a token) when one matrix alone is rounded to ``choice``.
 
-    The same batches with and without, so that only the difference varies.
+    A model trained with dropout and weight decay is no stationary point of the loss without them, so that an increase
+    has a part that changes sign with the rounding error, which no measure of curvature can foresee. ``even`` is the
+    part that does not: the mean of the increases at W + (Q - W) and at W - (Q - W).
+
+    Returns:
+        matrix -> nll, even, and their standard errors; the same batches with and without, so only differences vary.
     """
 
     @torch.no_grad()
@@ -169,10 +175,17 @@ def measured_increase(
         return np.array([float(mean_nll(model, text[i])) for i in range(batches)])
 
     before, out = losses(), {}
-    for name, weight in weights.items():
-        with holding(weights, {name: images(weight.data, [choice])[choice]}):
-            difference = losses() - before
-        out[name] = {"nll": float(difference.mean()), "standard_error": float(standard_error(difference))}
+    for name, weight in cli.track(weights.items(), "check", len(weights), "matrix"):
+        error = images(weight.data, [choice])[choice] - weight.data
+        increases = []
+        for sign in (1, -1):
+            with holding(weights, {name: weight.data + sign * error}):
+                increases.append(losses() - before)
+        even = (increases[0] + increases[1]) / 2
+        out[name] = {
+            "nll": float(increases[0].mean()), "nll_standard_error": float(standard_error(increases[0])),
+            "even": float(even.mean()), "even_standard_error": float(standard_error(even)),
+        }  # fmt: skip
     return out
 
 
