@@ -49,7 +49,11 @@ def read_nbest(path: PathLike, format: str | None = None) -> Iterator[NBest]:
         LowbitError: names file, line and utterance: not in the format, no id, an id twice, an empty list, a score that
             is not a finite number or is missing in part of a list, or a file without any list.
     """
-    reader = _pick(READERS, format or find_format(path), "read")
+    return checked(_pick(READERS, format or find_format(path), "read"), path)
+
+
+def checked(reader: Reader, path: PathLike) -> Iterator[NBest]:
+    """The lists that ``reader`` finds in ``path``; a name that occurs twice is an error, and so is no list at all."""
     seen = _Names()
     for index, (place, utterance) in enumerate(reader(path)):
         if not seen.add(utterance.id):

@@ -14,6 +14,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
@@ -37,7 +38,7 @@ def _number(text: str, where: str) -> float:
         raise LowbitError(f"{where}: {text!r} is not a number") from None
 
 
-def _keyed(path: Path) -> Iterator[tuple[int, str, str]]:
+def _keyed(path: PathLike) -> Iterator[tuple[int, str, str]]:
     """Line number, first word and rest of every line of a Kaldi table."""
     for number, line in numbered_lines(path):
         key, _, rest = line.strip().partition(" ")
@@ -46,10 +47,10 @@ def _keyed(path: Path) -> Iterator[tuple[int, str, str]]:
         yield number, key, rest.strip()
 
 
-class _SideTable:
+class SideTable:
     """One line an utterance, in the order of the lists; utterances without a list are passed over."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: PathLike):
         self.path, self.rows = path, _keyed(path)
 
     def get(self, utterance: str) -> str:
@@ -61,6 +62,13 @@ class _SideTable:
         )
 
 
+def with_references(lists: Iterable[NBest], path: PathLike) -> Iterator[NBest]:
+    """Lists with the references of a table, one line an utterance: its name and its words; in the lists' order."""
+    table = SideTable(path)
+    for utterance in lists:
+        yield replace(utterance, ref=table.get(utterance.id))
+
+
 def read_kaldi(path: PathLike) -> Iterator[Place]:
     """A Kaldi n-best directory; its files are read side by side."""
     folder = Path(path)
@@ -68,7 +76,7 @@ def read_kaldi(path: PathLike) -> Iterator[Place]:
     if words is None:
         raise LowbitError(f"{path}: no Kaldi n-best directory: it has no file 'words' or 'words_text'")
     scores = {field: _keyed(folder / n) for n, field in SCORES.items() if (folder / n).is_file()}
-    sides = {field: _SideTable(folder / n) for n, field in SIDE_TABLES.items() if (folder / n).is_file()}
+    sides = {field: SideTable(folder / n) for n, field in SIDE_TABLES.items() if (folder / n).is_file()}
     for utterance, rows in groupby(_kaldi_hypotheses(folder, words, scores), key=lambda row: row[1]):
         rows = list(rows)
         first = f"{words}: line {rows[0][0]}"

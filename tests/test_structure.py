@@ -20,7 +20,7 @@ LAYERS = [
     ["container_checks"], ["container_header"], ["container"],
     ["kernels", "_C"], ["ops"], ["layers"], ["model"], ["checkpoint"], ["loading"],
     ["forest"], ["backend"], ["state"], ["engine"],
-    ["align"], ["normalize"], ["wer"], ["significance"], ["nbest_record"], ["nbest_json", "nbest_tables"],
+    ["align"], ["normalize"], ["wer"], ["significance"], ["nbest_record"], ["nbest_json", "nbest_tables", "lattice"],
     ["nbest"], ["tune"], ["ngram"], ["weights"], ["rescore"], ["tune_weights"],
     ["tools"],
 ]  # fmt: skip

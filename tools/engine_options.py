@@ -34,6 +34,7 @@ def add_list_options(p: argparse.ArgumentParser) -> None:
     """The form of N-best lists, and how many paths of a lattice become one."""
     p.add_argument("--format", metavar="F", help="jsonl, json (mlm-scoring, ESPnet), kaldi, tsv or lattice "
                    "(default: by name; a directory is kaldi's)")  # fmt: skip
+    p.add_argument("--refs", metavar="TEXT", help="references, one line an utterance: its id and its words; same order")
     p.add_argument("--paths", type=int, default=100, metavar="N", help="best paths of a lattice (default 100)")
     p.add_argument("--acoustic-scale", type=float, default=0.1, metavar="S",
                    help="of a lattice's acoustic costs, where its best paths are found (default 0.1)")  # fmt: skip
@@ -42,10 +43,15 @@ def add_list_options(p: argparse.ArgumentParser) -> None:
 
 def read_lists(args: argparse.Namespace, path: str) -> Iterator[NBest]:
     """The lists of ``path`` as the options of :func:`add_list_options` say."""
-    from lowbit.nbest import read_nbest
+    from functools import partial
+
+    from lowbit.lattice import read_lattices
+    from lowbit.nbest import checked, read_nbest
+    from lowbit.nbest_tables import with_references
 
     if args.format == "lattice":
-        from lowbit.lattice import read_lattices
-
-        return read_lattices(path, args.paths, args.acoustic_scale, args.words)
-    return read_nbest(path, args.format)
+        options = {"paths": args.paths, "acoustic_scale": args.acoustic_scale, "words": args.words}
+        lists = checked(partial(read_lattices, **options), path)
+    else:
+        lists = read_nbest(path, args.format)
+    return with_references(lists, args.refs) if args.refs else lists
