@@ -19,7 +19,7 @@ LAYERS = [
     ["errors"], ["files"], ["streams"], ["tables"], ["bitpack"], ["quantize"], ["config"], ["plan"], ["vocab"],
     ["container_checks"], ["container_header"], ["container"],
     ["kernels", "_C"], ["ops"], ["layers"], ["model"], ["checkpoint"], ["loading"],
-    ["forest"], ["backend"], ["state"], ["engine"],
+    ["forest"], ["backend"], ["native"], ["state"], ["engine"],
     ["align"], ["normalize"], ["wer"], ["significance"], ["nbest_record"], ["nbest_json", "nbest_tables", "lattice"],
     ["nbest"], ["tune"], ["ngram"], ["weights"], ["rescore"], ["tune_weights"],
     ["tools"],
