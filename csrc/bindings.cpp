@@ -1,9 +1,7 @@
 // lowbit._C: raw addresses in, GIL released. lowbit/ops.py has checked every address, size and dtype before.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
-#include <cstdint>
-#include <cstring>
+#include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
 #include "cpu/isa.h"
@@ -15,32 +13,6 @@ namespace py = pybind11;
 
 namespace lowbit {
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// A Matrix with the level table that kernels want: 16 entries. The tiles and scales belong to the caller.
-struct MatrixView {
-  alignas(16) int8_t levels[16] = {};
-  Matrix matrix;
-
-  MatrixView(std::uintptr_t tiles, std::uintptr_t scales, std::uintptr_t table, int64_t n, int64_t k,
-             int bits, int64_t span) {
-    matrix = Matrix{pointer<const uint8_t>(tiles), pointer<const uint16_t>(scales), levels, n, k, span, bits};
-    const int8_t* level = pointer<const int8_t>(table);
-    const int count = 1 << bits;
-    matrix.a = level[1] - level[0];
-    matrix.b = level[0];
-    for (int c = 0; c < count; ++c) matrix.lookup |= level[c] != matrix.a * c + matrix.b;
-    if (bits < 8) {
-      for (int i = 0; i < 16; ++i) levels[i] = level[i % count];
-    }
-  }
-  MatrixView(const MatrixView&) = delete;
-  MatrixView& operator=(const MatrixView&) = delete;
-};
 
 void linear(const MatrixView& w, std::uintptr_t x, int64_t m, int64_t x_stride, std::uintptr_t bias,
             std::uintptr_t y, bool exact) {
@@ -102,4 +74,5 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("set_max_threads", &set_max_threads);
   m.def("max_threads", &max_threads);
+  register_engine(m);
 }

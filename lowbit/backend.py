@@ -1,6 +1,6 @@
 """The seam between the engine and whatever computes: a forward over a forest with requested (node, next token) pairs.
 
-:class:`TorchBackend` runs ``model.py``: the reference, and the GPU path.
+:class:`TorchBackend` runs ``model.py``: the reference, and the path of GPUs and full-precision checkpoints.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from lowbit.config import ModelConfig
 from lowbit.errors import LowbitError
 from lowbit.forest import Forest, Group, Query, ancestor_masks, groups
 from lowbit.model import TransformerLM
@@ -25,25 +26,49 @@ class Block:
     """What a backend keeps of consecutive tokens of one path, opaque to the engine.
 
     Attributes:
-        length: tokens.
+        parent: the block before it, where the backend needs it.
+        end: tokens from the beginning of the context to its last one.
         data: keys, values and the last token's output, in the backend's own form.
     """
 
-    length: int
+    parent: Block | None
+    end: int
     data: Any
 
 
 class Backend(Protocol):
-    """What an engine needs of an implementation. All methods are deterministic and may be called from any thread."""
+    """What an engine needs of an implementation. All methods are deterministic and may be called from any thread.
+
+    Attributes:
+        name: "native" or "torch".
+    """
+
+    name: str
 
     def log_probs(self, query: Query) -> np.ndarray:
         """fp32 [R]: natural log P(target | path to node) of every request of ``query``."""
 
-    def extend(self, past: Sequence[Block], tokens: Sequence[int]) -> Block:
-        """Read ``tokens`` after the blocks of ``past`` (a path from the beginning of a context)."""
+    def extend(
+        self, past: Block | None, tokens: Sequence[int], distribution: bool = False
+    ) -> tuple[Block, np.ndarray | None]:
+        """Read ``tokens`` after ``past`` (None: at the beginning of a context).
+
+        Returns:
+            the block of the tokens and, where ``distribution`` is asked for, what :meth:`next_log_probs` gives for it.
+        """
 
     def next_log_probs(self, block: Block) -> np.ndarray:
         """fp32 [V]: natural log P of every token after the last one of ``block``."""
+
+
+def check_tokens(config: ModelConfig, tokens: Sequence[int] | np.ndarray, length: int) -> None:
+    """Raises LowbitError: a token outside the vocabulary, or a path of more tokens than the model's context."""
+    low, high = (min(tokens), max(tokens)) if isinstance(tokens, list) else (tokens.min(), tokens.max())
+    if low < 0 or high >= config.vocab_size:
+        bad = low if low < 0 else high
+        raise LowbitError(f"token {bad} is outside the vocabulary of {config.vocab_size}")
+    if length > config.max_len:
+        raise LowbitError(f"a path of {length} tokens is longer than the model's context of {config.max_len}")
 
 
 class TorchBackend:
@@ -54,23 +79,18 @@ class TorchBackend:
         token_budget: padded tokens of a batch; bounds the memory of activations and attention.
     """
 
+    name = "torch"
+
     def __init__(self, model: TransformerLM, device: str = "cpu", token_budget: int = 2048):
         self.model, self.device, self.token_budget = model.eval(), torch.device(device), token_budget
-
-    def _check(self, tokens: np.ndarray, deepest: int) -> None:
-        config = self.model.config
-        if tokens.size and int(tokens.max()) >= config.vocab_size:
-            raise LowbitError(f"token {tokens.max()} is outside the vocabulary of {config.vocab_size}")
-        if deepest >= config.max_len:
-            raise LowbitError(f"a path of {deepest + 1} tokens is longer than the model's context of {config.max_len}")
 
     @torch.inference_mode()
     def log_probs(self, query: Query) -> np.ndarray:
         forest = query.forest
         if not len(query):
             return np.empty(0, np.float32)
-        self._check(forest.tokens, int(forest.depths.max()))
-        self._check(query.targets, 0)
+        check_tokens(self.model.config, forest.tokens, int(forest.depths.max()) + 1)
+        check_tokens(self.model.config, query.targets, 0)
         out = np.empty(len(query), np.float32)
         by_node = np.argsort(query.nodes, kind="stable")
         sorted_nodes = query.nodes[by_node]
@@ -116,18 +136,25 @@ class TorchBackend:
         return out
 
     @torch.inference_mode()
-    def extend(self, past: Sequence[Block], tokens: Sequence[int]) -> Block:
-        before, new = sum(block.length for block in past), len(tokens)
+    def extend(
+        self, past: Block | None, tokens: Sequence[int], distribution: bool = False
+    ) -> tuple[Block, np.ndarray | None]:
         row = np.asarray(tokens, dtype=np.int64)
-        self._check(row, before + new - 1)
+        before, new = past.end if past else 0, len(row)
+        check_tokens(self.model.config, row, before + new)
         positions = torch.arange(before, before + new, device=self.device)[None]
         cache = mask = None
         if past:
-            joined = torch.cat([block.data[0] for block in past], dim=4)  # [L, 2, 1, H, P, hd]
+            path, at = [], past
+            while at is not None:
+                path.append(at.data[0])
+                at = at.parent
+            joined = torch.cat(path[::-1], dim=4)  # [L, 2, 1, H, P, hd]
             cache = [(kv[0], kv[1]) for kv in joined]
             mask = torch.ones(1, new, before + new, dtype=torch.bool, device=self.device).tril(before)
         hidden, kv = self.model.hidden(self._to_device(row[None]), positions, mask, cache)
-        return Block(new, (torch.stack([torch.stack(pair) for pair in kv]), hidden[0, -1].clone()))
+        block = Block(past, before + new, (torch.stack([torch.stack(pair) for pair in kv]), hidden[0, -1].clone()))
+        return block, self.next_log_probs(block) if distribution else None
 
     @torch.inference_mode()
     def next_log_probs(self, block: Block) -> np.ndarray:

@@ -18,6 +18,7 @@ from lowbit.errors import LowbitError, check_seed
 from lowbit.files import PathLike
 from lowbit.forest import Chain, chains, check_stride, tries, windows
 from lowbit.loading import load_model
+from lowbit.native import NativeBackend
 from lowbit.state import Decoder, State, sample
 from lowbit.vocab import EOS, EOS_ID, Vocab
 
@@ -89,6 +90,8 @@ class Evaluation:
 def load(path: PathLike, device: str = "cpu", compute: str = "int8", threads: int | None = None) -> LanguageModel:
     """Load a full-precision checkpoint or a packed ``.lowbit`` file.
 
+    Packed models run on the native engine, checkpoints on PyTorch; ``describe()["backend"]`` tells which.
+
     Args:
         compute: for packed files: activations rounded to "int8" on the fly, or "exact" fp32 activations.
         threads: of the CPU kernels and of PyTorch; None leaves them as they are.
@@ -100,7 +103,9 @@ def load(path: PathLike, device: str = "cpu", compute: str = "int8", threads: in
         ops.set_threads(threads)
         torch.set_num_threads(threads)
     loaded = load_model(path, device, compute)
-    return LanguageModel(TorchBackend(loaded.model, device), loaded.model.config, loaded.vocab, loaded.description)
+    native = loaded.description["kind"] == "packed" and device == "cpu"
+    backend = NativeBackend(loaded.model) if native else TorchBackend(loaded.model, device)
+    return LanguageModel(backend, loaded.model.config, loaded.vocab, loaded.description | {"backend": backend.name})
 
 
 class LanguageModel:
@@ -124,7 +129,7 @@ class LanguageModel:
         self._decoder = Decoder(backend, config.max_len, self.stride)
 
     def describe(self) -> dict[str, Any]:
-        """What runs: kernel, instruction set, device, precision, file and its bytes."""
+        """What runs: backend, kernel, instruction set, device, precision, file and its bytes."""
         return dict(self._description)
 
     def score(self, sentences: Sequence[str]) -> list[SentenceScore]:

@@ -119,6 +119,19 @@ class Query:
         return len(self.nodes)
 
 
+def in_tree_order(query: Query) -> Query:
+    """The same query with the nodes of every tree side by side: what the native engine reads."""
+    roots = query.forest.roots
+    if (roots[1:] >= roots[:-1]).all():
+        return query
+    order = np.argsort(roots, kind="stable")
+    place = np.empty(len(order) + 1, np.int32)
+    place[order] = np.arange(len(order), dtype=np.int32)
+    place[-1] = -1
+    forest = Forest(query.forest.tokens[order], place[query.forest.parents[order]])
+    return Query(forest, place[query.nodes], query.targets)
+
+
 @dataclass(frozen=True, eq=False)
 class Chain:
     """One window of a text: ``inputs`` int32 [T] are read, ``targets`` int32 [S] follow the last S of them."""

@@ -74,6 +74,11 @@ def get_threads() -> int:
     return _C.max_threads()
 
 
+def native_engine(spec: dict, token_budget: int):
+    """The extension's engine over checked weights; see :class:`lowbit.native.NativeBackend`."""
+    return _C.Engine(spec, token_budget)
+
+
 class PackedWeight:
     """A matrix [N, K] in the tile layout of csrc/layout.h, ready for kernels; independent of the codes it came from.
 

@@ -76,22 +76,27 @@ class Decoder:
         self._check(state)
         found = state._distribution
         if found is None:
-            found = state._distribution = self.backend.next_log_probs(self._evaluate(state))
+            found = state._distribution = self._distribution(state)
             with self._lock:
                 self._recent.append(state)
                 if len(self._recent) > _KEPT_DISTRIBUTIONS:
                     self._recent.popleft()._distribution = None
         return found
 
-    def _evaluate(self, state: State) -> Block:
-        if state._block is None:
-            blocks: list[Block] = []
-            # Two threads may compute the same block: both get the same numbers, and the last one stays.
-            for s in state._path():
-                if s._block is None:
-                    s._block = self.backend.extend(blocks, s._tokens)
-                blocks.append(s._block)
-        return state._block
+    def _distribution(self, state: State) -> np.ndarray:
+        """The next-token distribution, and on the way the blocks that the state and its ancestors lack."""
+        if state._block is not None:
+            return self.backend.next_log_probs(state._block)
+        missing = [state]
+        while (parent := missing[-1]._parent) is not None and parent._block is None:
+            missing.append(parent)
+        block = parent._block if parent is not None else None
+        # Two threads may compute the same block: both get the same numbers, and the last one stays.
+        for at in missing[:0:-1]:
+            block, _ = self.backend.extend(block, at._tokens)
+            at._block = block
+        state._block, found = self.backend.extend(block, state._tokens, True)
+        return found
 
     def _check(self, state: State) -> None:
         if not isinstance(state, State) or state._decoder is not self:

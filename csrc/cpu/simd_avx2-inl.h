@@ -168,6 +168,39 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
     return r;
   }
+
+  static F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+  static F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+  static F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+  static F32 round(F32 x) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.lo, kNearest), _mm256_round_ps(x.hi, kNearest)};
+  }
+  static __m256 power_of_two(__m256 n) {
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+  }
+  static F32 scale_by_power(F32 x, F32 n) { return mul(x, {power_of_two(n.lo), power_of_two(n.hi)}); }
+  static float reduce_add(F32 x) {
+    const __m256 eight = _mm256_add_ps(x.lo, x.hi);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+  static float reduce_max(F32 x) {
+    const __m256 eight = _mm256_max_ps(x.lo, x.hi);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+  }
+  static __m256 reduce_eight(const F32* x) {
+    const auto pair = [&](int i) {
+      return _mm256_hadd_ps(_mm256_add_ps(x[i].lo, x[i].hi), _mm256_add_ps(x[i + 1].lo, x[i + 1].hi));
+    };
+    const __m256 low = _mm256_hadd_ps(pair(0), pair(2)), high = _mm256_hadd_ps(pair(4), pair(6));
+    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  }
+  static F32 reduce_add_each(const F32 (&x)[16]) { return {reduce_eight(x), reduce_eight(x + 8)}; }
 };
 
 }  // namespace

@@ -106,6 +106,28 @@ struct Avx512 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(rounded));
     return rounded;
   }
+
+  static F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+  static F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+  static F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+  static F32 round(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F32 scale_by_power(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
+  static float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }
+  static float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
+  // Per 128 bits: the sums of four vectors' quarters, in the order of the vectors.
+  static F32 add_quarters(F32 a, F32 b, F32 c, F32 d) {
+    const F32 ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const F32 cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  static F32 reduce_add_each(const F32 (&x)[16]) {
+    const auto halves = [](F32 a, F32 b) {  // quarters (0 + 1, 2 + 3) of a, then of b
+      return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+    };
+    return halves(halves(add_quarters(x[0], x[1], x[2], x[3]), add_quarters(x[4], x[5], x[6], x[7])),
+                  halves(add_quarters(x[8], x[9], x[10], x[11]), add_quarters(x[12], x[13], x[14], x[15])));
+  }
 };
 
 }  // namespace

@@ -158,6 +158,39 @@ struct Neon {
     vst1q_s8(out, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
     return r;
   }
+
+  static F32 sub(const F32& a, const F32& b) {
+    return each_f32([&](int i) { return vsubq_f32(a.q[i], b.q[i]); });
+  }
+  static F32 max(const F32& a, const F32& b) {  // a NaN stays one
+    return each_f32([&](int i) { return vmaxq_f32(a.q[i], b.q[i]); });
+  }
+  static F32 min(const F32& a, const F32& b) {
+    return each_f32([&](int i) { return vminq_f32(a.q[i], b.q[i]); });
+  }
+  static F32 round(const F32& x) {
+    return each_f32([&](int i) { return vrndnq_f32(x.q[i]); });
+  }
+  static F32 scale_by_power(const F32& x, const F32& n) {
+    return each_f32([&](int i) {
+      const int32x4_t biased = vaddq_s32(vcvtq_s32_f32(n.q[i]), vdupq_n_s32(127));
+      return vmulq_f32(x.q[i], vreinterpretq_f32_s32(vshlq_n_s32(biased, 23)));
+    });
+  }
+  static float reduce_add(const F32& x) {
+    return vaddvq_f32(vaddq_f32(vaddq_f32(x.q[0], x.q[1]), vaddq_f32(x.q[2], x.q[3])));
+  }
+  static float reduce_max(const F32& x) {
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.q[0], x.q[1]), vmaxq_f32(x.q[2], x.q[3])));
+  }
+  static F32 reduce_add_each(const F32 (&x)[16]) {
+    const auto four = [&](int i) {
+      return vaddq_f32(vaddq_f32(x[i].q[0], x[i].q[1]), vaddq_f32(x[i].q[2], x[i].q[3]));
+    };
+    return each_f32([&](int i) {
+      return vpaddq_f32(vpaddq_f32(four(4 * i), four(4 * i + 1)), vpaddq_f32(four(4 * i + 2), four(4 * i + 3)));
+    });
+  }
 };
 
 }  // namespace

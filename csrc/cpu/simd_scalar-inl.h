@@ -196,6 +196,47 @@ struct Scalar {
     }
     return r;
   }
+
+  // For the elementwise part of a forward (float-inl.h).
+  static F32 sub(F32 a, const F32& b) {
+    for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i];
+    return a;
+  }
+  // b where either is NaN.
+  static F32 max(const F32& a, F32 b) {
+    for (int i = 0; i < 16; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return b;
+  }
+  static F32 min(const F32& a, F32 b) {
+    for (int i = 0; i < 16; ++i) b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return b;
+  }
+  static F32 round(F32 x) {  // to nearest, ties to even
+    for (int i = 0; i < 16; ++i) x.v[i] = std::nearbyint(x.v[i]);
+    return x;
+  }
+  // x * 2^n for whole n in [-126, 127].
+  static F32 scale_by_power(F32 x, const F32& n) {
+    for (int i = 0; i < 16; ++i)
+      x.v[i] *= bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23);
+    return x;
+  }
+  static float reduce_add(const F32& x) {
+    float r = 0;
+    for (int i = 0; i < 16; ++i) r += x.v[i];
+    return r;
+  }
+  static float reduce_max(const F32& x) {
+    float r = x.v[0];
+    for (int i = 1; i < 16; ++i) r = x.v[i] > r ? x.v[i] : r;
+    return r;
+  }
+  // Lane i: the sum of x[i].
+  static F32 reduce_add_each(const F32 (&x)[16]) {
+    F32 r;
+    for (int i = 0; i < 16; ++i) r.v[i] = reduce_add(x[i]);
+    return r;
+  }
 };
 
 }  // namespace

@@ -1,0 +1,84 @@
+// lowbit._C.Engine: the native engine. lowbit/native.py has checked everything that crosses.
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "cpu/engine.h"
+
+namespace py = pybind11;
+
+namespace lowbit {
+namespace {
+
+using Address = std::uintptr_t;
+
+Linear linear_of(const py::handle& pair) {  // (Matrix, address of the bias or 0)
+  const auto parts = pair.cast<py::tuple>();
+  return {parts[0].cast<const MatrixView&>().matrix, pointer<const float>(parts[1].cast<Address>())};
+}
+
+NormWeights norm_of(const py::handle& pair, float eps) {  // (address of the weight, of the bias)
+  const auto parts = pair.cast<py::tuple>();
+  return {pointer<const float>(parts[0].cast<Address>()), pointer<const float>(parts[1].cast<Address>()), eps};
+}
+
+Model model_of(const py::dict& spec) {
+  Model m;
+  m.vocab = spec["vocab"].cast<int64_t>();
+  m.d = spec["d"].cast<int64_t>();
+  m.heads = spec["heads"].cast<int64_t>();
+  m.ffn = spec["ffn"].cast<int64_t>();
+  m.max_len = spec["max_len"].cast<int64_t>();
+  m.pre_norm = spec["pre_norm"].cast<bool>();
+  m.rotary = spec["rotary"].cast<bool>();
+  m.activation = spec["gelu"].cast<bool>() ? kGelu : kRelu;
+  m.compute = spec["exact"].cast<bool>() ? Compute::kExact : Compute::kInt8;
+  m.embed = spec["embed"].cast<const MatrixView&>().matrix;
+  m.head = linear_of(spec["head"]);
+  m.positions = pointer<const float>(spec["positions"].cast<Address>());
+  const auto eps = spec["eps"].cast<float>();
+  if (m.pre_norm) m.norm = norm_of(spec["norm"], eps);
+  for (const auto& item : spec["layers"]) {
+    const auto layer = item.cast<py::dict>();
+    m.layers.push_back({linear_of(layer["q"]), linear_of(layer["k"]), linear_of(layer["v"]), linear_of(layer["o"]),
+                        linear_of(layer["fc1"]), linear_of(layer["fc2"]), norm_of(layer["norm1"], eps),
+                        norm_of(layer["norm2"], eps)});
+  }
+  return m;
+}
+
+void score(Engine& engine, int64_t nodes, Address tokens, Address parents, int64_t requests,
+           Address request_nodes, Address request_targets, Address out) {
+  const ForestQuery query{nodes,    pointer<const int32_t>(tokens),        pointer<const int32_t>(parents),
+                          requests, pointer<const int64_t>(request_nodes), pointer<const int64_t>(request_targets)};
+  py::gil_scoped_release release;
+  engine.score(query, pointer<float>(out));
+}
+
+std::shared_ptr<KvNode> extend(Engine& engine, std::shared_ptr<KvNode> parent, const std::vector<int32_t>& tokens,
+                               Address all) {
+  py::gil_scoped_release release;
+  return engine.extend(std::move(parent), tokens.data(), static_cast<int64_t>(tokens.size()), pointer<float>(all));
+}
+
+void log_probs(Engine& engine, const KvNode& node, Address out) {
+  py::gil_scoped_release release;
+  engine.log_probs(node, pointer<float>(out));
+}
+
+}  // namespace
+
+void register_engine(py::module_& m) {
+  py::class_<KvNode, std::shared_ptr<KvNode>>(m, "KvNode", "Keys and values of tokens of a decoding state.");
+  py::class_<Engine>(m, "Engine", "The native forward; owns no weights.")
+      .def(py::init([](const py::dict& spec, int64_t budget) {
+             return std::make_unique<Engine>(model_of(spec), budget);
+           }),
+           py::arg("spec"), py::arg("token_budget"))
+      .def("score", &score)
+      .def("extend", &extend, py::arg("parent").none(true), py::arg("tokens"), py::arg("all"))
+      .def("log_probs", &log_probs)
+      .def_property_readonly("cache_slots", [](const Engine& e) { return e.cache().used(); })
+      .def_property_readonly("cache_bytes", [](const Engine& e) { return e.cache().bytes(); });
+}
+
+}  // namespace lowbit

@@ -1,0 +1,187 @@
+#include "engine.h"
+
+#include <algorithm>
+
+#include "parallel.h"
+
+namespace lowbit {
+namespace {
+
+// One team at a time: forwards of several callers that share the cores would only wait at each other's barriers.
+std::mutex g_team;
+
+}  // namespace
+
+class Engine::Lease {
+ public:
+  explicit Lease(Engine& engine) : engine_(engine) {
+    const std::lock_guard<std::mutex> lock(engine.mutex_);
+    if (engine.idle_.empty()) {
+      workspace_ = std::make_unique<Workspace>();
+      engine.idle_.reserve(++engine.workspaces_);
+    } else {
+      workspace_ = std::move(engine.idle_.back());
+      engine.idle_.pop_back();
+    }
+  }
+  ~Lease() {
+    const std::lock_guard<std::mutex> lock(engine_.mutex_);
+    engine_.idle_.push_back(std::move(workspace_));
+  }
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+
+  Workspace& operator*() const { return *workspace_; }
+
+ private:
+  Engine& engine_;
+  std::unique_ptr<Workspace> workspace_;
+};
+
+Engine::Engine(Model model, int64_t token_budget)
+    : model_(std::move(model)),
+      token_budget_(token_budget),
+      cache_(std::make_shared<KvCache>(static_cast<int64_t>(model_.layers.size()), model_.d)) {}
+
+void Engine::run(const Batch& batch, const Frame& frame) {
+  std::unique_lock<std::mutex> lock(g_team, std::defer_lock);
+  if (frame.threads > 1) lock.lock();
+  forward(model_, batch, frame);
+}
+
+Frame Engine::lay_out_in(const Batch& batch, Workspace& ws) const {
+  Bump count;
+  lay_out(model_, batch, count);
+  Bump memory{ws.memory.reserve(count.used)};
+  return lay_out(model_, batch, memory);
+}
+
+void Engine::score(const ForestQuery& query, float* out) {
+  Lease lease(*this);
+  Workspace& ws = *lease;
+  // Requests in the order of their nodes, by counting.
+  ws.first.assign(static_cast<size_t>(query.nodes) + 1, 0);
+  for (int64_t r = 0; r < query.requests; ++r) ++ws.first[query.request_nodes[r] + 1];
+  for (int64_t i = 0; i < query.nodes; ++i) ws.first[i + 1] += ws.first[i];
+  ws.request_order.resize(static_cast<size_t>(query.requests));
+  ws.next = ws.first;
+  for (int64_t r = 0; r < query.requests; ++r) ws.request_order[ws.next[query.request_nodes[r]]++] = r;
+
+  for (int64_t begin = 0; begin < query.nodes;) {
+    int64_t end = begin;
+    do {
+      int64_t tree = end + 1;
+      while (tree < query.nodes && query.parents[tree] >= 0) ++tree;
+      if (end > begin && tree - begin > token_budget_) break;
+      end = tree;
+    } while (end < query.nodes);
+    score_trees(query, {begin, end}, ws, out);
+    begin = end;
+  }
+}
+
+// The forward over whole trees: nodes [begin, end) of the forest.
+void Engine::score_trees(const ForestQuery& query, Range nodes, Workspace& ws, float* out) {
+  const int64_t requests = ws.first[nodes.end] - ws.first[nodes.begin];
+  if (requests == 0) return;
+  find_paths(query, nodes, ws);
+  ws.row_nodes.clear();
+  ws.targets.clear();
+  for (int64_t i = nodes.begin; i < nodes.end; ++i) {
+    if (ws.first[i] == ws.first[i + 1]) continue;
+    const auto row = static_cast<int32_t>(ws.row_nodes.size());
+    ws.row_nodes.push_back(static_cast<int32_t>(i - nodes.begin));
+    for (int64_t at = ws.first[i]; at < ws.first[i + 1]; ++at) {
+      const int64_t r = ws.request_order[at];
+      ws.targets.push_back({static_cast<int32_t>(query.request_targets[r]), row, r});
+    }
+  }
+  std::sort(ws.targets.begin(), ws.targets.end(),
+            [](const Target& a, const Target& b) { return a.token < b.token; });
+
+  Batch batch;
+  batch.nodes = nodes.size();
+  batch.tokens = query.tokens + nodes.begin;
+  batch.positions = ws.positions.data();
+  batch.path = ws.path.data();
+  batch.rows = static_cast<int64_t>(ws.row_nodes.size());
+  batch.row_nodes = ws.row_nodes.data();
+  batch.targets = ws.targets.data();
+  batch.target_count = requests;
+  batch.log_probs = out;
+  const Frame frame = lay_out_in(batch, ws);
+  // Slots in the very rows that the k and v products write.
+  ws.slots.resize(ws.path_nodes.size());
+  for (size_t i = 0; i < ws.slots.size(); ++i) ws.slots[i] = frame.k + ws.path_nodes[i] * model_.d;
+  batch.slots = ws.slots.data();
+  batch.value_offset = frame.v - frame.k;
+  run(batch, frame);
+}
+
+// For every node its depth, and where the list of its ancestors and itself begins. A node right after its parent
+// prolongs the parent's list; others, where a trie branches, begin with a copy of it.
+void Engine::find_paths(const ForestQuery& query, Range nodes, Workspace& ws) {
+  ws.positions.clear();
+  ws.path.clear();
+  ws.path_nodes.clear();
+  for (int64_t i = 0; i < nodes.size(); ++i) {
+    const int64_t parent = query.parents[nodes.begin + i] - nodes.begin;
+    if (query.parents[nodes.begin + i] < 0) {
+      ws.positions.push_back(0);
+      ws.path.push_back(static_cast<int64_t>(ws.path_nodes.size()));
+    } else {
+      const int32_t depth = ws.positions[parent] + 1;
+      ws.positions.push_back(depth);
+      if (parent == i - 1) {
+        ws.path.push_back(ws.path[parent]);
+      } else {
+        const auto begin = static_cast<int64_t>(ws.path_nodes.size());
+        ws.path.push_back(begin);
+        ws.path_nodes.resize(static_cast<size_t>(begin + depth));
+        std::copy_n(ws.path_nodes.begin() + ws.path[parent], depth, ws.path_nodes.begin() + begin);
+      }
+    }
+    ws.path_nodes.push_back(static_cast<int32_t>(i));
+  }
+}
+
+std::shared_ptr<KvNode> Engine::extend(std::shared_ptr<const KvNode> parent, const int32_t* tokens,
+                                       int64_t count, float* all) {
+  Lease lease(*this);
+  Workspace& ws = *lease;
+  auto node = std::make_shared<KvNode>(cache_, std::move(parent), count, model_.d);
+  ws.slots.resize(static_cast<size_t>(node->end));
+  for (const KvNode* at = node.get(); at != nullptr; at = at->parent.get()) {
+    std::copy(at->slots.begin(), at->slots.end(), ws.slots.begin() + (at->end - static_cast<int64_t>(at->slots.size())));
+  }
+  ws.positions.clear();
+  for (int64_t i = node->end - count; i < node->end; ++i) ws.positions.push_back(static_cast<int32_t>(i));
+  ws.path.assign(static_cast<size_t>(count), 0);
+  ws.row_nodes.assign(1, static_cast<int32_t>(count - 1));
+
+  Batch batch;
+  batch.nodes = count;
+  batch.tokens = tokens;
+  batch.positions = ws.positions.data();
+  batch.path = ws.path.data();
+  batch.slots = ws.slots.data();
+  batch.layer_stride = cache_->layer_stride();
+  batch.value_offset = cache_->value_offset();
+  batch.rows = 1;
+  batch.row_nodes = ws.row_nodes.data();
+  batch.hidden = node->hidden.data();
+  batch.all = all;
+  run(batch, lay_out_in(batch, ws));
+  return node;
+}
+
+void Engine::log_probs(const KvNode& node, float* out) {
+  Lease lease(*this);
+  Batch batch;
+  batch.rows = 1;
+  batch.hidden = const_cast<float*>(node.hidden.data());  // only read: the batch has no nodes
+  batch.all = out;
+  run(batch, lay_out_in(batch, *lease));
+}
+
+}  // namespace lowbit

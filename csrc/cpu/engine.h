@@ -1,0 +1,68 @@
+// The native engine: a model, and the forwards that score forests, extend decoding states and give distributions.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "forward.h"
+#include "kv_cache.h"
+
+namespace lowbit {
+
+// Nodes in an order in which parents come first, trees one after another; and what is asked of them.
+struct ForestQuery {
+  int64_t nodes = 0;
+  const int32_t* tokens = nullptr;   // [nodes], below the vocabulary
+  const int32_t* parents = nullptr;  // [nodes], -1 for a root
+  int64_t requests = 0;
+  const int64_t* request_nodes = nullptr;    // [requests]
+  const int64_t* request_targets = nullptr;  // [requests], below the vocabulary
+};
+
+// May be called from any thread. Arguments are checked by the caller (lowbit/native.py); paths are no longer
+// than the model's context.
+class Engine {
+ public:
+  // token_budget: nodes of one forward, which holds at least one tree.
+  Engine(Model model, int64_t token_budget);
+
+  // out[r] = natural log P(target | path to the node) of every request.
+  void score(const ForestQuery& query, float* out);
+
+  // Reads tokens after `parent` (null: at the beginning of a context). all: null, or [V] log P of every next token.
+  std::shared_ptr<KvNode> extend(std::shared_ptr<const KvNode> parent, const int32_t* tokens, int64_t count,
+                                 float* all);
+
+  // out[V]: log P of every token after the node's last.
+  void log_probs(const KvNode& node, float* out);
+
+  const KvCache& cache() const { return *cache_; }
+
+ private:
+  // What a call borrows and gives back, so that repeated calls allocate nothing.
+  struct Workspace {
+    std::vector<int64_t> first, next, request_order;        // of the whole query
+    std::vector<int32_t> positions, path_nodes, row_nodes;  // of one forward
+    std::vector<int64_t> path;
+    std::vector<float*> slots;
+    std::vector<Target> targets;
+    Block memory;
+  };
+  class Lease;
+
+  void score_trees(const ForestQuery& query, Range nodes, Workspace& ws, float* out);
+  static void find_paths(const ForestQuery& query, Range nodes, Workspace& ws);
+  Frame lay_out_in(const Batch& batch, Workspace& ws) const;
+  void run(const Batch& batch, const Frame& frame);
+
+  const Model model_;
+  const int64_t token_budget_;
+  const std::shared_ptr<KvCache> cache_;
+  std::mutex mutex_;
+  size_t workspaces_ = 0;
+  std::vector<std::unique_ptr<Workspace>> idle_;
+};
+
+}  // namespace lowbit

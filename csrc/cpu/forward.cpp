@@ -1,0 +1,103 @@
+#include "forward.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "../prepack.h"
+#include "forward_member.h"
+#include "parallel.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int64_t kRedundantRows = 2;
+constexpr int64_t kWorkPerThread = 1 << 16;  // multiply-adds between two barriers
+constexpr int64_t kPieceBytes = 1 << 18;     // of logits: a part of L2
+constexpr int64_t kMinPiece = 32, kMaxPiece = 512;
+
+int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
+
+int threads_for(const Model& m, int64_t rows) {
+  const int64_t useful = rows * m.d * m.d / kWorkPerThread + 1, available = max_threads();
+  return static_cast<int>(useful < available ? useful : available);
+}
+
+// What the products of a forward need at most.
+struct Needs {
+  int64_t activations[3] = {}, scratch = 0;
+
+  void add(const Linear& linear, int64_t rows, Compute compute, int form) {
+    if (rows == 0) return;
+    const LinearPlan plan = plan_linear(linear.w, rows, compute);
+    const int64_t bytes = activation_bytes(plan);
+    if (bytes > activations[form]) activations[form] = bytes;
+    if (plan.scratch > scratch) scratch = plan.scratch;
+  }
+};
+
+Needs needs(const Model& m, int64_t nodes, int64_t rows) {
+  Needs all;
+  for (const Layer& l : m.layers) {
+    all.add(l.q, nodes, m.compute, 0);
+    all.add(l.k, nodes, m.compute, 1);
+    all.add(l.v, nodes, m.compute, 2);
+    for (const Linear* w : {&l.o, &l.fc1, &l.fc2}) all.add(*w, nodes, m.compute, 0);
+  }
+  all.add(m.head, rows, m.compute, 0);
+  return all;
+}
+
+}  // namespace
+
+Frame lay_out(const Model& m, const Batch& batch, Bump& memory) {
+  const int64_t nodes = batch.nodes, rows = batch.rows, most = nodes > rows ? nodes : rows;
+  Frame f{};
+  f.threads = threads_for(m, most);
+  f.redundant = most <= kRedundantRows;
+  const int64_t copies = f.redundant ? f.threads : 1, wide = round_up(m.d > m.ffn ? m.d : m.ffn, kTileK);
+
+  const auto each = [&](int64_t& share, int64_t count, int64_t pieces, auto*& pointer) {
+    using T = std::remove_reference_t<decltype(*pointer)>;
+    share = round_up(count, kAlign / static_cast<int64_t>(sizeof(T)));
+    pointer = memory.take<T>(share * pieces);
+  };
+  each(f.x_share, nodes * m.d, copies, f.x);
+  for (float** p : {&f.q, &f.k, &f.v}) *p = memory.take<float>(nodes * m.d);
+  f.h = memory.take<float>(nodes * m.ffn);
+  each(f.row_share, wide, f.threads, f.each_row);
+  each(f.dense_share, m.compute == Compute::kExact ? most * wide : 0, copies, f.each_dense);
+  const Needs need = needs(m, nodes, batch.wants_logits() ? rows : 0);
+  for (int i = 0; i < 3; ++i) each(f.activations_share[i], need.activations[i], copies, f.each_activations[i]);
+  each(f.scratch_share, need.scratch, f.threads, f.each_scratch);
+
+  if (batch.wants_logits()) {
+    const int64_t piece = kPieceBytes / 4 / rows / kMinPiece * kMinPiece;
+    f.piece = piece < kMinPiece ? kMinPiece : piece > kMaxPiece ? kMaxPiece : piece;
+    f.parts = ceil_div(m.vocab, f.piece);
+    const int64_t room = round_up(f.parts, 16);
+    f.part_max = memory.take<float>(rows * room);
+    f.part_sum = memory.take<float>(rows * room);
+    f.lse = memory.take<float>(rows);
+    f.target_logits = memory.take<float>(batch.target_count);
+    const bool all = batch.all != nullptr;
+    each(f.logits_share, all ? f.parts * f.piece : rows * f.piece, all ? 1 : f.threads, f.each_logits);
+  }
+  const int64_t scores = round_up(m.max_len, 16), parts = 2 * round_up(f.parts, 16);
+  each(f.scores_share, scores > parts ? scores : parts, f.threads, f.each_scores);
+  return f;
+}
+
+void forward(const Model& model, const Batch& batch, const Frame& frame) {
+  parallel(frame.threads, [&](const Team& team) {
+    Member member(model, batch, frame, team);
+    if (batch.nodes > 0) {
+      for (size_t l = 0; l < model.layers.size(); ++l) {
+        member.attention(l);
+        member.mlp(l);
+      }
+    }
+    member.output();
+  });
+}
+
+}  // namespace lowbit

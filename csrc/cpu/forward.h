@@ -1,0 +1,95 @@
+// The Transformer forward over nodes of a token forest: a node attends to its ancestors.
+//
+// One parallel region a forward; docs/ENGINE.md has the picture.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "forward_ops.h"
+#include "qlinear.h"
+#include "workspace.h"
+
+namespace lowbit {
+
+struct Linear {
+  Matrix w;
+  const float* bias = nullptr;  // [N] or null
+};
+
+struct Layer {
+  Linear q, k, v, o, fc1, fc2;
+  NormWeights norm1, norm2;
+};
+
+// Views of memory that the owner of the model keeps.
+struct Model {
+  int64_t vocab = 0, d = 0, heads = 0, ffn = 0, max_len = 0;
+  bool pre_norm = true, rotary = false;
+  Activation activation = kGelu;
+  Compute compute = Compute::kInt8;
+  Matrix embed;  // row t, times sqrt(d), embeds token t
+  Linear head;   // the output layer; embed's matrix where tied
+  std::vector<Layer> layers;
+  NormWeights norm;  // before the output layer, where pre_norm
+  // Rotary: cosines, then sines, [2, max_len, head_dim / 2]. Otherwise what is added to embeddings, [max_len, D].
+  const float* positions = nullptr;
+
+  int64_t head_dim() const { return d / heads; }
+};
+
+// A wanted log P: of `token` after output row `row`.
+struct Target {
+  int32_t token, row;
+  int64_t out;
+};
+
+// One forward. Node i stands at position positions[i]; the slots of the positions[i] + 1 tokens that it sees, its
+// own last, are slots[path[i]] and following. In a slot, the key of layer l lies at l * layer_stride and its
+// value value_offset further.
+struct Batch {
+  int64_t nodes = 0;
+  const int32_t* tokens = nullptr;
+  const int32_t* positions = nullptr;
+  const int64_t* path = nullptr;
+  float* const* slots = nullptr;
+  int64_t layer_stride = 0, value_offset = 0;
+
+  int64_t rows = 0;                    // of output
+  const int32_t* row_nodes = nullptr;  // ascending; without nodes `hidden` already holds the output of one row
+  float* hidden = nullptr;             // [D] or null: keeps the output of the last row
+  const Target* targets = nullptr;     // ascending by token
+  int64_t target_count = 0;
+  float* log_probs = nullptr;  // of the targets
+  float* all = nullptr;        // [V] or null: log P of every token after the only row
+
+  bool wants_logits() const { return target_count > 0 || all != nullptr; }
+};
+
+// How a forward is divided, and its memory. Pointers named each_* hold one piece a member of the team.
+struct Frame {
+  int threads = 1;
+  // With few rows a barrier costs more than the work: every member prepares all of them, in memory of its own.
+  bool redundant = false;
+  int64_t piece = 0, parts = 0;  // the output layer goes in `parts` pieces of `piece` outputs
+
+  float* x;                    // [nodes, D]; one a member where redundant
+  float *q, *k, *v;            // [nodes, D]; q becomes the attention's output, k the branch's
+  float* h;                    // [nodes, F]
+  float *part_max, *part_sum;  // [rows, parts rounded up to 16]
+  float *lse, *target_logits;  // [rows], [targets]
+  float* each_row;             // [max(D, F)]
+  float* each_dense;           // exact: the rows that the next product reads; shared unless redundant
+  float* each_scores;          // [max_len], and room to combine parts
+  float* each_logits;          // [rows, piece]; [V], shared, where all are wanted
+  uint8_t* each_activations[3];  // of up to three forms (q, k and v); shared unless redundant
+  uint8_t* each_scratch;         // of the kernels
+  int64_t x_share, row_share, dense_share, scores_share, logits_share, activations_share[3], scratch_share;
+};
+
+// Lays out a forward; over a null base it only counts. `all`: log P of every token is wanted.
+Frame lay_out(const Model& model, const Batch& batch, Bump& memory);
+
+void forward(const Model& model, const Batch& batch, const Frame& frame);
+
+}  // namespace lowbit

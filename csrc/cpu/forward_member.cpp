@@ -1,0 +1,157 @@
+#include "forward_member.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "../prepack.h"
+
+namespace lowbit {
+
+Member::Member(const Model& model, const Batch& batch, const Frame& frame, const Team& team)
+    : model_(model), batch_(batch), frame_(frame), ops_(row_ops(selected_isa())), team_(team) {
+  const int64_t copy = frame.redundant ? team.rank : 0;
+  x_ = frame.x + copy * frame.x_share;
+  dense_ = frame.each_dense + copy * frame.dense_share;
+  for (int i = 0; i < 3; ++i) activations_[i] = frame.each_activations[i] + copy * frame.activations_share[i];
+  row_ = frame.each_row + team.rank * frame.row_share;
+  scores_ = frame.each_scores + team.rank * frame.scores_share;
+  scratch_ = frame.each_scratch + team.rank * frame.scratch_share;
+}
+
+Member::Product Member::product(const Linear& linear, int64_t rows, float* y) const {
+  Product p;
+  p.plan = plan_linear(linear.w, rows, model_.compute);
+  p.job.w = linear.w;
+  p.job.bias = linear.bias;
+  p.job.m = rows;
+  p.job.y = y;
+  p.job.y_stride = linear.w.n;
+  return p;
+}
+
+void Member::embed(int64_t node) {
+  const int64_t token = batch_.tokens[node];
+  float* x = x_ + node * model_.d;
+  dequantize_rows(model_.embed, &token, 1, x);
+  const float* position = model_.rotary ? nullptr : model_.positions + batch_.positions[node] * model_.d;
+  ops_.scale_add(x, std::sqrt(static_cast<float>(model_.d)), position, model_.d);
+}
+
+// Adds the output of a branch to the residual stream; post-norm models then normalize the sum.
+void Member::settle(int64_t node, const NormWeights* after) {
+  float* x = x_ + node * model_.d;
+  ops_.add(x, frame_.k + node * model_.d, model_.d);
+  if (after != nullptr) ops_.layer_norm(x, *after, model_.d, x);
+}
+
+// The input of a branch, normalized in pre-norm models.
+const float* Member::stream(int64_t node, const NormWeights* before, float* room) {
+  const float* x = x_ + node * model_.d;
+  if (before == nullptr) return x;
+  ops_.layer_norm(x, *before, model_.d, room);
+  return room;
+}
+
+void Member::enter_layer(size_t layer, int64_t node) {
+  if (layer == 0) {
+    embed(node);
+  } else {
+    settle(node, model_.pre_norm ? nullptr : &model_.layers[layer - 1].norm2);
+  }
+}
+
+void Member::attention(size_t layer) {
+  const Layer& l = model_.layers[layer];
+  const int64_t n = batch_.nodes;
+  Product qkv[3] = {product(l.q, n, frame_.q), product(l.k, n, frame_.k), product(l.v, n, frame_.v)};
+  prepare_rows(qkv, 3, n, [&](int64_t m, float* room) {
+    enter_layer(layer, m);
+    return stream(m, model_.pre_norm ? &l.norm1 : nullptr, room);
+  });
+  for (const Product& p : qkv) run(p);
+  team_.barrier();
+
+  // Members share the heads, and where there are more members than heads, the nodes too.
+  const int columns = static_cast<int>(team_.size < model_.heads ? team_.size : model_.heads);
+  const int groups = team_.size / columns;
+  const bool idle = team_.rank >= columns * groups;
+  const Range heads = share(model_.heads, 1, {team_.rank % columns, columns});
+  const Range nodes = share(n, 1, {team_.rank / columns, groups});
+  if (!idle) keep_keys(layer, nodes, heads);
+  if (groups > 1) team_.barrier();
+  if (!idle) attend_heads(layer, nodes, heads);
+  team_.barrier();
+
+  Product o = product(l.o, n, frame_.k);  // the keys are in their slots, or done with
+  prepare_rows(&o, 1, n, [&](int64_t m, float*) { return frame_.q + m * model_.d; });
+  run(o);
+  team_.barrier();
+}
+
+// Rotates the new keys, and puts keys and values where the slots say.
+void Member::keep_keys(size_t layer, Range nodes, Range heads) {
+  const int64_t dim = model_.head_dim(), half = dim / 2;
+  const size_t bytes = static_cast<size_t>(dim) * sizeof(float);
+  for (int64_t m = nodes.begin; m < nodes.end; ++m) {
+    const int64_t position = batch_.positions[m];
+    float* slot = batch_.slots[batch_.path[m] + position] + static_cast<int64_t>(layer) * batch_.layer_stride;
+    const float* cos = model_.positions + position * half;
+    for (int64_t h = heads.begin; h < heads.end; ++h) {
+      const float *k = frame_.k + m * model_.d + h * dim, *v = frame_.v + m * model_.d + h * dim;
+      float *key = slot + h * dim, *value = key + batch_.value_offset;
+      if (model_.rotary) {
+        ops_.rotate(k, cos, cos + model_.max_len * half, half, 1.0f, key);
+      } else if (key != k) {
+        std::memcpy(key, k, bytes);
+      }
+      if (value != v) std::memcpy(value, v, bytes);
+    }
+  }
+}
+
+void Member::attend_heads(size_t layer, Range nodes, Range heads) {
+  const int64_t dim = model_.head_dim(), half = dim / 2;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  HeadQuery query;
+  query.dim = dim;
+  for (int64_t m = nodes.begin; m < nodes.end; ++m) {
+    const int64_t position = batch_.positions[m];
+    query.slots = batch_.slots + batch_.path[m];
+    query.count = position + 1;
+    for (int64_t h = heads.begin; h < heads.end; ++h) {
+      float* q = frame_.q + m * model_.d + h * dim;
+      if (model_.rotary) {
+        const float* cos = model_.positions + position * half;
+        ops_.rotate(q, cos, cos + model_.max_len * half, half, scale, q);
+      } else {
+        ops_.scale_add(q, scale, nullptr, dim);
+      }
+      query.q = q;
+      query.key = static_cast<int64_t>(layer) * batch_.layer_stride + h * dim;
+      query.value = query.key + batch_.value_offset;
+      ops_.attend(query, scores_, q);
+    }
+  }
+}
+
+void Member::mlp(size_t layer) {
+  const Layer& l = model_.layers[layer];
+  const int64_t n = batch_.nodes;
+  Product fc1 = product(l.fc1, n, frame_.h);
+  prepare_rows(&fc1, 1, n, [&](int64_t m, float* room) {
+    settle(m, model_.pre_norm ? nullptr : &l.norm1);
+    return stream(m, model_.pre_norm ? &l.norm2 : nullptr, room);
+  });
+  run(fc1);
+  team_.barrier();
+
+  Product fc2 = product(l.fc2, n, frame_.k);
+  prepare_rows(&fc2, 1, n, [&](int64_t m, float* room) {
+    ops_.activation[model_.activation](frame_.h + m * model_.ffn, model_.ffn, room);
+    return room;
+  });
+  run(fc2);
+  team_.barrier();
+}
+
+}  // namespace lowbit

@@ -1,0 +1,86 @@
+// One member of the team that runs a forward: the phases, each between two barriers.
+#pragma once
+
+#include <cstring>
+
+#include "forward.h"
+#include "parallel.h"
+
+namespace lowbit {
+
+class Member {
+ public:
+  Member(const Model& model, const Batch& batch, const Frame& frame, const Team& team);
+
+  void attention(size_t layer);
+  void mlp(size_t layer);
+  void output();
+
+ private:
+  struct Product {  // y = rows * W^T + bias
+    Job job;
+    LinearPlan plan;
+  };
+
+  Product product(const Linear& linear, int64_t rows, float* y) const;
+  template <class Row>
+  void prepare_rows(Product* products, int count, int64_t rows, const Row& row);
+  void run(const Product& p) const { multiply(p.job, p.plan, team_, scratch_); }
+
+  void embed(int64_t node);
+  void settle(int64_t node, const NormWeights* after);
+  const float* stream(int64_t node, const NormWeights* before, float* room);
+  void enter_layer(size_t layer, int64_t node);
+  void keep_keys(size_t layer, Range nodes, Range heads);
+  void attend_heads(size_t layer, Range nodes, Range heads);
+
+  const float* final_row(int64_t row, float* room);
+  void reduce_piece(Product& p, int64_t part);
+  void find_targets(int64_t begin, int64_t end, const float* logits, int64_t stride);
+  void finish_targets();
+  void finish_all();
+
+  const Model& model_;
+  const Batch& batch_;
+  const Frame& frame_;
+  const RowOps& ops_;
+  const Team team_;
+  float *x_, *row_, *dense_, *scores_;
+  uint8_t *activations_[3], *scratch_;
+};
+
+// Makes the common input of several products: row(m, room) leaves row m in `room` or says where it lies. Products
+// whose form is equal share one copy.
+template <class Row>
+void Member::prepare_rows(Product* products, int count, int64_t rows, const Row& row) {
+  const int64_t k = products[0].job.w.k;
+  const bool exact = model_.compute == Compute::kExact;
+  bool own[3] = {};
+  for (int i = 0; i < count; ++i) {
+    Job& job = products[i].job;
+    int same = 0;
+    while (!(products[same].plan.form == products[i].plan.form)) ++same;
+    own[i] = same == i;
+    job.x = dense_;
+    job.x_stride = k;
+    place_activations(job, products[i].plan, activations_[same]);
+  }
+  const Range mine = frame_.redundant ? Range{0, rows} : share(rows, 1, team_);
+  for (int64_t m = mine.begin; m < mine.end; ++m) {
+    float* room = exact ? dense_ + m * k : row_;
+    const float* from = row(m, room);
+    if (exact && from != room) std::memcpy(room, from, static_cast<size_t>(k) * sizeof(float));
+    for (int i = 0; i < count; ++i) {
+      if (!own[i]) continue;
+      Job job = products[i].job;
+      if (!exact) {
+        job.x = from;
+        job.x_stride = 0;
+      }
+      prepare(job, products[i].plan, {m, m + 1});
+    }
+  }
+  if (!frame_.redundant) team_.barrier();
+}
+
+}  // namespace lowbit

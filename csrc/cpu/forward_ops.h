@@ -1,0 +1,52 @@
+// The fp32 part of a forward: what happens to rows between the matrix products. One table an instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace lowbit {
+
+struct NormWeights {
+  const float* weight = nullptr;  // [D]
+  const float* bias = nullptr;    // [D]
+  float eps = 0;
+};
+
+enum Activation { kRelu = 0, kGelu = 1 };
+
+// One head of one query over the tokens that it sees. A token's key lies at slots[j] + key, its value at
+// slots[j] + value.
+struct HeadQuery {
+  const float* q = nullptr;  // [dim], scaled by 1 / sqrt(dim)
+  const float* const* slots = nullptr;
+  int64_t count = 0, dim = 0;
+  int64_t key = 0, value = 0;  // floats
+};
+
+struct RowOps {
+  // out = (x - mean) / sqrt(variance + eps) * weight + bias
+  void (*layer_norm)(const float* x, const NormWeights& norm, int64_t n, float* out);
+  void (*activation[2])(const float* x, int64_t n, float* out);  // [Activation]; GELU by erf, within 1e-6
+  void (*add)(float* x, const float* y, int64_t n);              // x += y
+  void (*scale_add)(float* x, float scale, const float* y, int64_t n);  // x = scale * x + y; y may be null
+  // Rotates the pairs (i, i + half) by the angles of cos and sin, and scales; in place or not.
+  void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, float scale, float* out);
+  // out = softmax(q K^T) V. scores: room for count rounded up to 16.
+  void (*attend)(const HeadQuery& query, float* scores, float* out);
+  // max x and sum exp(x - max) over n values; x may be written up to n rounded up to 16.
+  void (*softmax_part)(float* x, int64_t n, float* max, float* sum);
+  // log sum over n parts of sum * exp(max); as above for both arrays.
+  float (*log_sum_exp)(float* max, float* sum, int64_t n);
+  void (*subtract)(const float* x, float by, int64_t n, float* out);  // out = x - by
+};
+
+const RowOps& row_ops(Isa isa);
+
+// Defined by forward_<isa>.cpp, each with its own compiler flags.
+extern const RowOps kScalarRowOps;
+extern const RowOps kNeonRowOps;
+extern const RowOps kAvx2RowOps;
+extern const RowOps kAvx512RowOps;
+
+}  // namespace lowbit
