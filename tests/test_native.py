@@ -33,9 +33,10 @@ VARIANTS = {
     "post, gelu": replace(CONFIG, norm="post"),
     "one head of 80": replace(CONFIG, d_model=80, n_heads=1, n_layers=1),
 }
-# Both sides compute with the same weights and differ in the order of fp32 sums, in exp (1e-7) and GELU (1e-6). Seen
-# through two layers and a log-sum-exp: below 1e-4 a token on logits of up to 30.
-EXACT = 2e-4
+# Both sides compute with the same weights and differ in the order of fp32 sums, in exp (1e-7) and GELU (1e-6). These
+# random models are hard: logits reach 60, so the attention is nearly one-hot and multiplies differences by as much.
+# What DESIGN allows a sentence.
+EXACT = 1e-3
 # Where activations are rounded to int8, a difference of 1e-6 may move one of them by a step of 1/127 of its row's
 # maximum. One step in one activation moves a logit of size 10 by a hundredth or so.
 INT8 = 5e-2
