@@ -13,9 +13,7 @@ from lowbit.container import PackedMatrix, PackedModel, write_packed
 from lowbit.quantize import quantize
 from lowbit.vocab import Vocab
 
-CONFIG = ModelConfig(
-    vocab_size=10_000, d_model=512, n_layers=6, n_heads=8, d_ffn=2048, max_len=128, position="learned"
-)
+CONFIG = ModelConfig(vocab_size=10_000, d_model=512, n_layers=6, n_heads=8, d_ffn=2048, max_len=128, position="learned")
 # 2 bits on average, in three widths: q, k and v weigh the same.
 BITS = {"q": 1, "k": 1, "v": 4}
 

@@ -18,7 +18,8 @@ Linear linear_of(const py::handle& pair) {  // (Matrix, address of the bias or 0
 
 NormWeights norm_of(const py::handle& pair, float eps) {  // (address of the weight, of the bias)
   const auto parts = pair.cast<py::tuple>();
-  return {pointer<const float>(parts[0].cast<Address>()), pointer<const float>(parts[1].cast<Address>()), eps};
+  return {pointer<const float>(parts[0].cast<Address>()), pointer<const float>(parts[1].cast<Address>()),
+          eps};
 }
 
 Model model_of(const py::dict& spec) {
@@ -39,25 +40,27 @@ Model model_of(const py::dict& spec) {
   if (m.pre_norm) m.norm = norm_of(spec["norm"], eps);
   for (const auto& item : spec["layers"]) {
     const auto layer = item.cast<py::dict>();
-    m.layers.push_back({linear_of(layer["q"]), linear_of(layer["k"]), linear_of(layer["v"]), linear_of(layer["o"]),
-                        linear_of(layer["fc1"]), linear_of(layer["fc2"]), norm_of(layer["norm1"], eps),
-                        norm_of(layer["norm2"], eps)});
+    m.layers.push_back({linear_of(layer["q"]), linear_of(layer["k"]), linear_of(layer["v"]),
+                        linear_of(layer["o"]), linear_of(layer["fc1"]), linear_of(layer["fc2"]),
+                        norm_of(layer["norm1"], eps), norm_of(layer["norm2"], eps)});
   }
   return m;
 }
 
 void score(Engine& engine, int64_t nodes, Address tokens, Address parents, int64_t requests,
            Address request_nodes, Address request_targets, Address out) {
-  const ForestQuery query{nodes,    pointer<const int32_t>(tokens),        pointer<const int32_t>(parents),
-                          requests, pointer<const int64_t>(request_nodes), pointer<const int64_t>(request_targets)};
+  const ForestQuery query{
+      nodes,    pointer<const int32_t>(tokens),        pointer<const int32_t>(parents),
+      requests, pointer<const int64_t>(request_nodes), pointer<const int64_t>(request_targets)};
   py::gil_scoped_release release;
   engine.score(query, pointer<float>(out));
 }
 
-std::shared_ptr<KvNode> extend(Engine& engine, std::shared_ptr<KvNode> parent, const std::vector<int32_t>& tokens,
-                               Address all) {
+std::shared_ptr<KvNode> extend(Engine& engine, std::shared_ptr<KvNode> parent,
+                               const std::vector<int32_t>& tokens, Address all) {
   py::gil_scoped_release release;
-  return engine.extend(std::move(parent), tokens.data(), static_cast<int64_t>(tokens.size()), pointer<float>(all));
+  return engine.extend(std::move(parent), tokens.data(), static_cast<int64_t>(tokens.size()),
+                       pointer<float>(all));
 }
 
 void log_probs(Engine& engine, const KvNode& node, Address out) {

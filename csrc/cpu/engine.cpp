@@ -152,7 +152,8 @@ std::shared_ptr<KvNode> Engine::extend(std::shared_ptr<const KvNode> parent, con
   auto node = std::make_shared<KvNode>(cache_, std::move(parent), count, model_.d);
   ws.slots.resize(static_cast<size_t>(node->end));
   for (const KvNode* at = node.get(); at != nullptr; at = at->parent.get()) {
-    std::copy(at->slots.begin(), at->slots.end(), ws.slots.begin() + (at->end - static_cast<int64_t>(at->slots.size())));
+    std::copy(at->slots.begin(), at->slots.end(),
+              ws.slots.begin() + (at->end - static_cast<int64_t>(at->slots.size())));
   }
   ws.positions.clear();
   for (int64_t i = node->end - count; i < node->end; ++i) ws.positions.push_back(static_cast<int32_t>(i));

@@ -67,7 +67,8 @@ Frame lay_out(const Model& m, const Batch& batch, Bump& memory) {
   each(f.row_share, wide, f.threads, f.each_row);
   each(f.dense_share, m.compute == Compute::kExact ? most * wide : 0, copies, f.each_dense);
   const Needs need = needs(m, nodes, batch.wants_logits() ? rows : 0);
-  for (int i = 0; i < 3; ++i) each(f.activations_share[i], need.activations[i], copies, f.each_activations[i]);
+  for (int i = 0; i < 3; ++i)
+    each(f.activations_share[i], need.activations[i], copies, f.each_activations[i]);
   each(f.scratch_share, need.scratch, f.threads, f.each_scratch);
 
   if (batch.wants_logits()) {

@@ -55,10 +55,11 @@ struct Batch {
   float* const* slots = nullptr;
   int64_t layer_stride = 0, value_offset = 0;
 
-  int64_t rows = 0;                    // of output
-  const int32_t* row_nodes = nullptr;  // ascending; without nodes `hidden` already holds the output of one row
-  float* hidden = nullptr;             // [D] or null: keeps the output of the last row
-  const Target* targets = nullptr;     // ascending by token
+  int64_t rows = 0;  // of output
+  const int32_t* row_nodes =
+      nullptr;                      // ascending; without nodes `hidden` already holds the output of one row
+  float* hidden = nullptr;          // [D] or null: keeps the output of the last row
+  const Target* targets = nullptr;  // ascending by token
   int64_t target_count = 0;
   float* log_probs = nullptr;  // of the targets
   float* all = nullptr;        // [V] or null: log P of every token after the only row
@@ -73,15 +74,15 @@ struct Frame {
   bool redundant = false;
   int64_t piece = 0, parts = 0;  // the output layer goes in `parts` pieces of `piece` outputs
 
-  float* x;                    // [nodes, D]; one a member where redundant
-  float *q, *k, *v;            // [nodes, D]; q becomes the attention's output, k the branch's
-  float* h;                    // [nodes, F]
-  float *part_max, *part_sum;  // [rows, parts rounded up to 16]
-  float *lse, *target_logits;  // [rows], [targets]
-  float* each_row;             // [max(D, F)]
-  float* each_dense;           // exact: the rows that the next product reads; shared unless redundant
-  float* each_scores;          // [max_len], and room to combine parts
-  float* each_logits;          // [rows, piece]; [V], shared, where all are wanted
+  float* x;                      // [nodes, D]; one a member where redundant
+  float *q, *k, *v;              // [nodes, D]; q becomes the attention's output, k the branch's
+  float* h;                      // [nodes, F]
+  float *part_max, *part_sum;    // [rows, parts rounded up to 16]
+  float *lse, *target_logits;    // [rows], [targets]
+  float* each_row;               // [max(D, F)]
+  float* each_dense;             // exact: the rows that the next product reads; shared unless redundant
+  float* each_scores;            // [max_len], and room to combine parts
+  float* each_logits;            // [rows, piece]; [V], shared, where all are wanted
   uint8_t* each_activations[3];  // of up to three forms (q, k and v); shared unless redundant
   uint8_t* each_scratch;         // of the kernels
   int64_t x_share, row_share, dense_share, scores_share, logits_share, activations_share[3], scratch_share;

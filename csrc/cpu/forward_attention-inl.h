@@ -24,8 +24,7 @@ LOWBIT_INLINE typename S::F32 score_keys(const HeadQuery& query, int64_t first, 
     unroll<kKeys>([&](auto i) LOWBIT_LAMBDA { sum[i] = S::zero_f32(); });
     for_vectors(query.dim, [&](int64_t d, auto count) LOWBIT_LAMBDA {
       const F32 q = load<S>(query.q + d, count);
-      unroll<kKeys>(
-          [&](auto i) LOWBIT_LAMBDA { sum[i] = S::fmadd(q, load<S>(key[i] + d, count), sum[i]); });
+      unroll<kKeys>([&](auto i) LOWBIT_LAMBDA { sum[i] = S::fmadd(q, load<S>(key[i] + d, count), sum[i]); });
     });
     unroll<kKeys>([&](auto i) LOWBIT_LAMBDA { products[group + i] = sum[i]; });
   }
@@ -77,7 +76,7 @@ void attend(const HeadQuery& query, float* scores, float* out) {
 
 template <class S>
 constexpr RowOps make_row_ops() {
-  return {layer_norm<S>, {relu<S>, gelu<S>}, add<S>,         scale_add<S>,   rotate<S>,
+  return {layer_norm<S>, {relu<S>, gelu<S>}, add<S>,         scale_add<S>, rotate<S>,
           attend<S>,     softmax_part<S>,    log_sum_exp<S>, subtract<S>};
 }
 

@@ -49,9 +49,9 @@ LOWBIT_INLINE typename S::F32 exp(typename S::F32 x) {
 // erf(x) within 4e-7: x P(x^2) on |x| <= 3.7, a Chebyshev fit in t = 2 x^2 / 3.7^2 - 1; 1 - 2e-7 beyond.
 template <class S>
 LOWBIT_INLINE typename S::F32 erf(typename S::F32 x) {
-  constexpr float kP[14] = {0.382137507f,    -0.190467626f,   0.140790194f,   -0.112649113f,   0.0906161666f,
-                            -0.0704047605f,  0.0515171885f,   -0.0363214761f, 0.0250565317f,   -0.013929789f,
-                            0.00531083113f,  -0.00384076592f, 0.00389556144f, -0.00144026778f};
+  constexpr float kP[14] = {0.382137507f,   -0.190467626f,   0.140790194f,   -0.112649113f,  0.0906161666f,
+                            -0.0704047605f, 0.0515171885f,   -0.0363214761f, 0.0250565317f,  -0.013929789f,
+                            0.00531083113f, -0.00384076592f, 0.00389556144f, -0.00144026778f};
   x = S::min(S::set1(3.7f), S::max(S::set1(-3.7f), x));
   const typename S::F32 t = S::fmadd(S::mul(x, x), S::set1(0.146092038f), S::set1(-1.0f));
   typename S::F32 p = S::set1(kP[13]);

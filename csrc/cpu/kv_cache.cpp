@@ -34,10 +34,12 @@ int64_t KvCache::used() const {
 
 int64_t KvCache::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return static_cast<int64_t>(pages_.size()) * kPageSlots * slot_floats_ * static_cast<int64_t>(sizeof(float));
+  return static_cast<int64_t>(pages_.size()) * kPageSlots * slot_floats_ *
+         static_cast<int64_t>(sizeof(float));
 }
 
-KvNode::KvNode(std::shared_ptr<KvCache> cache_, std::shared_ptr<const KvNode> parent_, int64_t count, int64_t d)
+KvNode::KvNode(std::shared_ptr<KvCache> cache_, std::shared_ptr<const KvNode> parent_, int64_t count,
+               int64_t d)
     : cache(std::move(cache_)), parent(std::move(parent_)), hidden(static_cast<size_t>(d)) {
   end = (parent ? parent->end : 0) + count;
   cache->allocate(count, slots);

@@ -188,7 +188,8 @@ struct Neon {
       return vaddq_f32(vaddq_f32(x[i].q[0], x[i].q[1]), vaddq_f32(x[i].q[2], x[i].q[3]));
     };
     return each_f32([&](int i) {
-      return vpaddq_f32(vpaddq_f32(four(4 * i), four(4 * i + 1)), vpaddq_f32(four(4 * i + 2), four(4 * i + 3)));
+      return vpaddq_f32(vpaddq_f32(four(4 * i), four(4 * i + 1)),
+                        vpaddq_f32(four(4 * i + 2), four(4 * i + 3)));
     });
   }
 };
