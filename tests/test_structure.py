@@ -21,7 +21,7 @@ LAYERS = [
     ["kernels", "_C"], ["ops"], ["layers"], ["model"], ["checkpoint"], ["loading"],
     ["forest"], ["backend"], ["native"], ["state"], ["engine"],
     ["align"], ["normalize"], ["wer"], ["significance"], ["nbest_record"], ["nbest_json", "nbest_tables", "lattice"],
-    ["nbest"], ["tune"], ["ngram"], ["weights"], ["rescore"], ["tune_weights"],
+    ["nbest"], ["transcripts"], ["tune"], ["ngram"], ["weights"], ["rescore"], ["tune_weights"], ["ctc"],
     ["tools"],
 ]  # fmt: skip
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

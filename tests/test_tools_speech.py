@@ -137,6 +137,78 @@ def test_wer_of_lists(lists, tmp_path, capsys):
     assert [s["errors"] for s in result["systems"]] == [1, 0]
 
 
+def test_wer_of_transcripts(tmp_path, capsys):
+    """Names match whatever the order; normalisation is for both sides; the table says what went wrong where."""
+    (tmp_path / "ref.trn").write_text("It's a TEST. (u1)\nno  (u2)\n")
+    (tmp_path / "hyp.txt").write_text("u2 no uh\nu1 it's the test\n")
+    (tmp_path / "map.txt").write_text("uh\n")
+    files = (tmp_path / "ref.trn", tmp_path / "hyp.txt", "--hyp-format", "text")
+    assert [s["errors"] for s in as_json(capsys, wer, *files)["systems"]] == [4]
+    options = ("--lower", "--no-punctuation", "--map", tmp_path / "map.txt", "--per-utterance", tmp_path / "out.tsv")
+    result = as_json(capsys, wer, *files, *options)
+    assert result["systems"][0]["errors"] == 1 and result["normalization"]["mapping"] == 1
+    rows = [line.split("\t") for line in (tmp_path / "out.tsv").read_text().splitlines()]
+    assert rows[1][1:] == ["u1", "3", "1", "0", "0", "CSC", "it's a test", "it's the test"]
+    assert rows[2][1:] == ["u2", "1", "0", "0", "0", "C", "no", "no"]
+
+
+def test_wer_by_sclite_and_by_levenshtein(tmp_path, capsys):
+    (tmp_path / "ref.txt").write_text("c c c b a\n")
+    (tmp_path / "hyp.txt").write_text("b a a b\n")
+    for alignment, errors in (("sclite", 5), ("levenshtein", 4)):
+        result = as_json(capsys, wer, tmp_path / "ref.txt", tmp_path / "hyp.txt", "--alignment", alignment)
+        assert result["systems"][0]["errors"] == errors and result["alignment"] == alignment
+
+
+def test_rescore_reads_kaldi_and_writes_transcripts_and_lists(models, lists, tmp_path, capsys):
+    write_nbest(tmp_path / "kaldi", read_nbest(lists), "kaldi")
+    (tmp_path / "kaldi" / "utt2dur").write_text("u1 2\nu2 3\n")
+    options = ("--lm-weight", 0.1, "--n-best-out", tmp_path / "full.jsonl", "--keep", 1, "--out", tmp_path / "best.trn")
+    result = as_json(capsys, rescore, models["packed"], "--nbest", tmp_path / "kaldi", *options)
+    assert result["duration"] == 5.0 and result["real_time_factor"] == pytest.approx(result["seconds"] / 5)
+    done = list(read_nbest(tmp_path / "full.jsonl"))
+    assert [len(u.hyps) for u in done] == [1, 1]
+    best = [f"{u.hyps[0].text} ({u.id})" for u in done]
+    assert (tmp_path / "best.trn").read_text().splitlines() == best
+    assert as_json(capsys, wer, lists, tmp_path / "best.trn")["systems"][0]["wer"] == result["rescored_wer"]
+
+
+def test_rescore_reads_lattices_with_references(models, tmp_path, capsys):
+    (tmp_path / "lat.txt").write_text("u1\n0 1 a 1,20,\n0 1 b 2,5,\n1 2 c 0.5,1,\n2\n\n")
+    (tmp_path / "refs").write_text("u1 b c\n")
+    arguments = ("--nbest", tmp_path / "lat.txt", "--format", "lattice", "--paths", 2, "--refs", tmp_path / "refs")
+    result = as_json(capsys, rescore, models["packed"], *arguments, "--out", tmp_path / "o.jsonl", "--tune")
+    assert (result["hypotheses"], result["ref_words"], result["oracle_wer"]) == (2, 2, 0.0)
+    hyps = next(read_nbest(tmp_path / "o.jsonl")).hyps
+    assert {(h.text, h.am, h.lm) for h in hyps} == {("a c", -21.0, -1.5), ("b c", -6.0, -2.5)}
+
+
+def test_rescore_to_standard_output(models, lists, capsys):
+    assert rescore.main([models["packed"], "--nbest", str(lists), "--out", "-", "--lm-weight", "0.1"]) == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line)["id"] for line in captured.out.splitlines()] == ["u1", "u2"]
+    assert "utterances/s" in captured.err
+
+
+def test_rescore_cross_validates(models, tmp_path, capsys):
+    rows = [
+        NBest(f"u{i}", [Hypothesis("a b", -1.0), Hypothesis("b", -1.2)], "a b", {"spk": f"s{i % 3}"}) for i in range(9)
+    ]
+    write_nbest(tmp_path / "l.jsonl", rows)
+    arguments = ("--nbest", tmp_path / "l.jsonl", "--out", tmp_path / "o.jsonl", "--tune", "--folds", 3)
+    result = as_json(capsys, rescore, models["fp32"], *arguments)
+    assert len(result["fold_weights"]) == 3 and result["rescored_wer"] == 0.0
+    assert [u.id for u in read_nbest(tmp_path / "o.jsonl")] == [u.id for u in rows]
+
+
+def test_weights_hold_for_the_models_they_were_tuned_with(models, lists, tmp_path, capsys):
+    weights = tmp_path / "w.json"
+    weights.write_text('{"version": 2, "lm_weight": 1, "length_bonus": 0, "tuned_on": {"ngram": "3.arpa"}}')
+    arguments = ("--nbest", str(lists), "--out", str(tmp_path / "o.jsonl"), "--weights", str(weights))
+    assert rescore.main([models["fp32"], *arguments]) == 2
+    assert "were tuned with a ngram; tune again" in capsys.readouterr().err
+
+
 GOOD = '{"id": "a", "ref": "x", "hyps": [{"text": "x", "am": 1}]}\n'
 BAD_LISTS = {
     "not JSON": (GOOD + "{oops\n", "line 2: not JSON"),
@@ -170,6 +242,9 @@ def test_bad_commands(models, lists, tmp_path, capsys):
     cut.write_bytes(Path(models["packed"]).read_bytes()[:-7])
     bare = tmp_path / "bare.jsonl"
     write_nbest(bare, [NBest("u1", [Hypothesis("a", 0.0)])])
+    bare_text, bad_trn = tmp_path / "bare.trn", tmp_path / "bad.trn"
+    bare_text.write_text("u1 a (u1)\n")
+    bad_trn.write_text("a b c\n")
     fp32, out = models["fp32"], tmp_path / "out.jsonl"
     nbest = ("--nbest", lists, "--out", out)
     before = set(tmp_path.iterdir())
@@ -196,8 +271,27 @@ def test_bad_commands(models, lists, tmp_path, capsys):
         (rescore, (fp32, "--nbest", lists, "--out", tmp_path, "--lm-weight", 1), "not a regular file"),
         (wer, (text,), "needs hypotheses"),
         (wer, (bare,), "utterance 'u1' has no 'ref'"),
-        (wer, (text, lists), "2 utterances, but"),
+        (wer, (text, lists), "more utterances than the 1 of"),
         (wer, (lists, bare), "no utterance 'u2'"),
+        (wer, (bare_text, lists), "utterance 'u2' is not in"),
+        (wer, (lists, text), "1 utterances, but"),
+        (wer, (bad_trn, lists), "line 1: expected words and then a name"),
+        (wer, (lists, lists, "--map", text, "--per-utterance", none / "x"), "does not exist"),
+        (wer, (lists, lists, "--hyp-format", "xml"), "cannot read the format 'xml'"),
+        (wer, ("-", "-"), "only one file can be standard input"),
+        (rescore, ("--nbest", lists, "--out", out, "--lm-weight", 1), "give MODEL, --ngram or both"),
+        (rescore, (fp32, "--nbest", lists, "--lm-weight", 1), "say where the result goes"),
+        (rescore, (fp32, *nbest, "--weights", none, "--length-bonus", 1), "--length-bonus goes with --lm-weight"),
+        (rescore, (fp32, *nbest, "--lm-weight", 1, "--folds", 2), "--folds goes with --tune"),
+        (rescore, (fp32, *nbest, "--tune", "--folds", 2, "--weights", none), "every fold has its own"),
+        (rescore, (fp32, *nbest, "--tune", "--folds", 2), "utterance 'u1' has no 'spk'"),
+        (rescore, (fp32, *nbest, "--lm-weight", 1, "--keep", 0), "--keep must be at least 1"),
+        (rescore, (fp32, *nbest, "--lm-weight", 1, "--context", 1), "utterance 'u1' has no 'conv'"),
+        (rescore, (fp32, *nbest, "--lm-weight", 1, "--out-format", "xml"), "--out-format must be one of"),
+        (rescore, (fp32, *nbest, "--lm-weight", 1, "--format", "xml"), "cannot read the format 'xml'"),
+        (rescore, (fp32, *nbest, "--lm-weight", 1, "--refs", bare_text), "utterance 'u2' is absent"),
+        (rescore, (fp32, "--nbest", lists, "--out", "-", "--lm-weight", 1, "--json"), "let --out be a file"),
+        (rescore, (fp32, *nbest, "--lm-weight", 1, "--ngram", text), "t.txt: "),
         (wer, (lists, lists, lists, lists), "at most two systems"),
         (wer, (text, none), "cannot read"),
         (wer, (lists, lists, "--level", 2), "--level between 0 and 1"),
