@@ -72,6 +72,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernel_name", [](int bits, int64_t rows, bool exact) {
     return kernel_name(selected_isa(), bits, rows, exact ? Compute::kExact : Compute::kInt8);
   });
+  m.def(
+      "crossover", [](const std::string& isa, int bits) { return crossover(find_isa(isa), bits); },
+      "rows from which the kernel for many rows runs");
+  m.def("set_crossover",
+        [](const std::string& isa, int bits, int rows) { set_crossover(find_isa(isa), bits, rows); });
   m.def("set_max_threads", &set_max_threads);
   m.def("max_threads", &max_threads);
   register_engine(m);

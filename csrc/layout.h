@@ -36,7 +36,15 @@
 
 // Always inlined: files compiled for AVX-512 include this header too, and a merged out-of-line copy of theirs
 // could run on a machine without it.
+#if defined(LOWBIT_SANITIZED)
+// Instrumented, functions this large take a compiler minutes and gigabytes. These builds run on the machine that
+// made them, so that it does not matter which copy the linker keeps.
+#define LOWBIT_INLINE inline
+#define LOWBIT_LAMBDA
+#else
 #define LOWBIT_INLINE inline __attribute__((always_inline))
+#define LOWBIT_LAMBDA __attribute__((always_inline))
+#endif
 
 namespace lowbit {
 

@@ -1,5 +1,7 @@
 #include "dispatch.h"
 
+#include <atomic>
+
 #include "crossover.h"
 
 namespace lowbit {
@@ -26,6 +28,18 @@ struct Table {
   }
 };
 
+std::atomic<int>& crossover_of(Isa isa, int bits) {
+  static struct Rows {
+    std::atomic<int> rows[kIsaCount][4];
+    Rows() {
+      for (int i = 0; i < kIsaCount; ++i) {
+        for (int j = 0; j < 4; ++j) rows[i][j] = kCrossover[i][j];
+      }
+    }
+  } all;
+  return all.rows[static_cast<int>(isa)][log2_bits(bits)];
+}
+
 }  // namespace
 
 const KernelSet& kernels(Isa isa, int bits) {
@@ -33,7 +47,9 @@ const KernelSet& kernels(Isa isa, int bits) {
   return table.set[static_cast<int>(isa)][log2_bits(bits)];
 }
 
-int crossover(Isa isa, int bits) { return kCrossover[static_cast<int>(isa)][log2_bits(bits)]; }
+int crossover(Isa isa, int bits) { return crossover_of(isa, bits).load(std::memory_order_relaxed); }
+
+void set_crossover(Isa isa, int bits, int rows) { crossover_of(isa, bits) = rows; }
 
 std::string kernel_name(Isa isa, int bits, int64_t rows, Compute compute) {
   const char* kind = compute == Compute::kExact ? "exact" : rows < crossover(isa, bits) ? "small" : "large";

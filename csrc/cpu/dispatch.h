@@ -12,6 +12,9 @@ const KernelSet& kernels(Isa isa, int bits);
 // The M from which `large` beats `small` (data: see crossover.h).
 int crossover(Isa isa, int bits);
 
+// Replaces it for the process (tuning files, tests); rows is at least 1.
+void set_crossover(Isa isa, int bits, int rows);
+
 // What a call with these rows runs, for people: "avx512 4-bit small".
 std::string kernel_name(Isa isa, int bits, int64_t rows, Compute compute);
 

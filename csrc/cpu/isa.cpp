@@ -142,8 +142,10 @@ Isa selected_isa() {
   return static_cast<Isa>(isa);
 }
 
+Isa find_isa(const std::string& name) { return parse("isa " + name, name); }
+
 void set_isa(const std::string& name) {
-  g_selected = static_cast<int>(name.empty() ? choose() : parse("isa " + name, name));
+  g_selected = static_cast<int>(name.empty() ? choose() : find_isa(name));
 }
 
 }  // namespace lowbit

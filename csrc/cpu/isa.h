@@ -16,6 +16,9 @@ bool isa_available(Isa isa);
 
 std::vector<std::string> available_isas();
 
+// The available instruction set of that name. Throws std::runtime_error if it is unknown or absent.
+Isa find_isa(const std::string& name);
+
 // The instruction set in use: what set_isa() chose, else LOWBIT_ISA, else the best available.
 // Throws std::runtime_error if LOWBIT_ISA names one that is unknown or absent.
 Isa selected_isa();

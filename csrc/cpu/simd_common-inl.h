@@ -9,8 +9,6 @@
 
 #include "../layout.h"
 
-#define LOWBIT_LAMBDA __attribute__((always_inline))
-
 namespace lowbit {
 namespace {
 
