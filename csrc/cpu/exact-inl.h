@@ -1,7 +1,7 @@
 // fp32 activations: y = bias + sum over spans of scale * sum(level * x). The oracle's twin.
 #pragma once
 
-#include "qlinear-inl.h"
+#include "gemv-inl.h"
 
 namespace lowbit {
 namespace {

@@ -31,6 +31,17 @@ struct Packed {
       return S::template codes<kBits, kRow>(x);
     }
   }
+  // Moved down by whole steps of kStep positions only.
+  template <int kRow, int kStep>
+  static LOWBIT_INLINE typename S::Bytes row_in_place(const typename S::Bytes& x,
+                                                      const typename S::Lut& lut) {
+    if constexpr (kMaskable && kStep > 1) {
+      constexpr int kDown = kRow / kStep * kStep;
+      return S::template codes_in_place<kBits, kRow - kDown>(S::template move_down<kDown * kBits>(x));
+    } else {
+      return row<kRow>(x, lut);
+    }
+  }
 };
 
 // Already unpacked by unpack_panel().
@@ -166,45 +177,6 @@ LOWBIT_INLINE void place(Cell<kM, kN>& cell, const Job& job, int64_t block, int 
   for (int m = 0; m < kM; ++m) {
     cell.row[m] = row + least(m, rows - 1);
     cell.x[m] = job.act.q == nullptr ? nullptr : job.act.at(cell.row[m], 0);
-  }
-}
-
-template <class S, class Source, int kM>
-void small_rows(const Job& job, Range blocks, int64_t row, int rows, const typename S::Lut& lut) {
-  constexpr int kN = S::blocks(kM, Source::kPositions);
-  Cell<kM, kN> cell;
-  cell.w_stride = kVectorBytes;
-  for (int64_t block = blocks.begin; block < blocks.end; block += kN) {
-    place(cell, job, block, static_cast<int>(least(kN, blocks.end - block)), row, rows);
-    for (int n = 0; n < kN; ++n) {
-      cell.w[n] = job.w.tiles + (block + least(n, cell.blocks - 1)) * job.w.block_bytes();
-    }
-    int8_cell<S, Source, kM, kN>(job, cell, lut);
-  }
-}
-
-constexpr int64_t kBlocksAtATime = 4;  // their packed weights stay in L2 while all rows pass
-
-template <class S, int kBits, bool kLookup>
-void int8_small(const Job& job, Range blocks, Range rows, uint8_t* /*scratch*/) {
-  using Source = Packed<S, kBits, kLookup>;
-  typename S::Lut lut{};
-  if constexpr (kLookup) lut = S::load_lut(job.w.levels);
-  for (int64_t block = blocks.begin; block < blocks.end; block += kBlocksAtATime) {
-    const Range some{block, least(block + kBlocksAtATime, blocks.end)};
-    for (int64_t m = rows.begin; m < rows.end;) {
-      const int count = static_cast<int>(least(rows.end - m, S::kMaxRows));
-      if (count > 4) {
-        if constexpr (S::kMaxRows > 4) small_rows<S, Source, 8>(job, some, m, count, lut);
-      } else if (count > 2) {
-        small_rows<S, Source, 4>(job, some, m, count, lut);
-      } else if (count == 2) {
-        small_rows<S, Source, 2>(job, some, m, count, lut);
-      } else {
-        small_rows<S, Source, 1>(job, some, m, count, lut);
-      }
-      m += count;
-    }
   }
 }
 

@@ -11,7 +11,7 @@ namespace {
 
 struct Avx512 {
   using Bytes = __m512i;
-  using I32 = __m512i;
+  using I32 = __v16si;  // not __m512i: GCC 12 copies accumulators whose type it must cast
   using F32 = __m512;
   using X4 = __m512i;
   using Lut = __m512i;
@@ -19,9 +19,7 @@ struct Avx512 {
 
   static constexpr int kAccumulators = 16;
   static constexpr int kPanelRows = 6, kPanelBlocks = 4, kMaxRows = 8, kExactBlocks = 2;
-  static constexpr int blocks(int rows, int positions) {
-    return rows == 8 ? 2 : rows == 1 && positions == 8 ? 2 : 4;
-  }
+  static constexpr int blocks(int rows, int positions) { return rows * positions <= 4 ? 4 : 2; }
   static constexpr Operand operand(int bits, bool lookup) {
     return lookup || bits == 8 ? Operand::kOffset : Operand::kCode;
   }
@@ -38,6 +36,10 @@ struct Avx512 {
   static Bytes codes_in_place(Bytes x) {
     return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(((1 << kBits) - 1) << (kRow * kBits))));
   }
+  template <int kShift>
+  static Bytes move_down(Bytes x) {
+    return kShift == 0 ? x : _mm512_srli_epi16(x, kShift);
+  }
   static Bytes operand8(Bytes x) { return x; }  // code = level + 128
   static Lut load_lut(const int8_t* levels) {
     const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels));
@@ -53,21 +55,22 @@ struct Avx512 {
   template <Operand kOperand>
   static I32 dot(I32 acc, Bytes w, X4 x) {
     static_assert(kOperand != Operand::kLevel, "VPDPBUSD wants unsigned weights");
-    return _mm512_dpbusd_epi32(acc, w, x);
+    return (I32)_mm512_dpbusd_epi32((__m512i)acc, w, x);
   }
 
-  static I32 zero_i32() { return _mm512_setzero_si512(); }
-  static I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+  static I32 zero_i32() { return I32{}; }
+  static I32 add(I32 a, I32 b) { return a + b; }
   template <int kShift>
   static I32 shift_right(I32 a) {
-    return _mm512_srai_epi32(a, kShift);
+    return a >> kShift;
   }
   static I32 affine(I32 t, int32_t a, int32_t b) {
-    return _mm512_add_epi32(_mm512_mullo_epi32(t, _mm512_set1_epi32(a)), _mm512_set1_epi32(b));
+    return (I32)_mm512_add_epi32(_mm512_mullo_epi32((__m512i)t, _mm512_set1_epi32(a)), _mm512_set1_epi32(b));
   }
 
   static F32 zero_f32() { return _mm512_setzero_ps(); }
-  static F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a); }
+  static F32 to_f32(I32 a) { return _mm512_cvtepi32_ps((__m512i)a); }
+  static F32 to_f32(Bytes a) { return _mm512_cvtepi32_ps(a); }
   static F32 set1(float x) { return _mm512_set1_ps(x); }
   static F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
   static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
@@ -97,14 +100,15 @@ struct Avx512 {
   }
 
   static I32 magnitude_max(I32 top, F32 x) {
-    return _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
+    return (I32)_mm512_max_epi32((__m512i)top,
+                                 _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
   }
-  static int32_t reduce_max(I32 a) { return _mm512_reduce_max_epi32(a); }
-  static int32_t reduce_add(I32 a) { return _mm512_reduce_add_epi32(a); }
+  static int32_t reduce_max(I32 a) { return _mm512_reduce_max_epi32((__m512i)a); }
+  static int32_t reduce_add(I32 a) { return _mm512_reduce_add_epi32((__m512i)a); }
   static I32 round_store(F32 x, int8_t* out) {
     const __m512i rounded = _mm512_cvtps_epi32(x);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(rounded));
-    return rounded;
+    return (I32)rounded;
   }
 
   static F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }

@@ -56,6 +56,12 @@ struct Scalar {
       r.v[i] = static_cast<uint8_t>(x.v[i] & (((1 << kBits) - 1) << (kRow * kBits)));
     return r;
   }
+  // Every row moved down by kShift bits; neighbours may leave theirs in the upper bits of a byte.
+  template <int kShift>
+  static Bytes move_down(Bytes x) {
+    for (auto& byte : x.v) byte = static_cast<uint8_t>(byte >> kShift);
+    return x;
+  }
   // 8-bit codes -> the operand that operand() announces: code - 128 as int8, or the code itself.
   static Bytes operand8(const Bytes& x) {
     Bytes r;

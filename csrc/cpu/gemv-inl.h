@@ -1,0 +1,168 @@
+// GEMV and few rows: bound by memory, so packed weights are read once, as one linear stream, and unpacked in
+// the inner loop.
+//
+// Shift-free: position i of a byte is masked where it stands, not moved down, and the positions i = a mod kA
+// of all vectors have accumulator a. What stands at position i is the code times 2^(i * bits), so every
+// partial sum of accumulator a is a multiple of 2^(a % positions * bits): one arithmetic shift at the end of
+// a span is exact. Where rows need the registers, kA < positions, and vectors are moved down by kA positions
+// at a time. Where kA > positions, several vectors are in flight, which hides the latency of the dot product.
+#pragma once
+
+#include "qlinear-inl.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int64_t kPrefetch = 2048;  // bytes ahead; from 1 to 4 KiB measured alike
+
+// kM rows of activations against kN neighbouring blocks of 16 outputs: kN streams through memory.
+template <class S, class Source, int kM, int kN>
+struct Strip {
+  static constexpr int kP = Source::kPositions;
+  static constexpr int kA = S::kAccumulators < kM * kN ? 1 : S::kAccumulators / (kM * kN);
+  static constexpr int kVectors = kA > kP ? kA / kP : 1;  // in flight
+  static constexpr int kBytes = tile_bytes(Source::kBits);
+
+  const int8_t* x[kM];
+  int64_t row[kM];  // clamped: rows that do not exist repeat the last one and are not stored
+  int rows;
+
+  // total[m][n] = sum over tiles [begin, end) of operand * q, exact in int32.
+  LOWBIT_INLINE void dot(const uint8_t* const (&w)[kN], int64_t begin, int64_t end, int64_t block_bytes,
+                         const typename S::Lut& lut, typename S::I32 (&total)[kM][kN]) const {
+    typename S::I32 acc[kM][kN][kA];
+    unroll<kM * kN * kA>([&](auto i)
+                             LOWBIT_LAMBDA { acc[i / (kN * kA)][i / kA % kN][i % kA] = S::zero_i32(); });
+    const int64_t last = end * kBytes;
+    int64_t at = begin * kBytes, k = begin * kTileK;
+    // Where a stream leaves its block it goes on kN blocks further; hardware prefetchers cannot know that.
+    const int64_t turn = block_bytes - kPrefetch, jump = kPrefetch + (kN - 1) * block_bytes;
+    do {
+      const int64_t ahead = at < turn ? kPrefetch : jump;
+      unroll<kVectors>([&](auto v) LOWBIT_LAMBDA {
+        typename S::Bytes raw[kN];
+        unroll<kN>([&](auto n) LOWBIT_LAMBDA {
+          const uint8_t* from = w[n] + at + v * kVectorBytes;
+          __builtin_prefetch(from + ahead);
+          raw[n] = S::load(from);
+        });
+        unroll<kP>([&](auto i) LOWBIT_LAMBDA {
+          constexpr int kRow = decltype(i)::value, kAt = decltype(v)::value * kP + kRow;
+          typename S::Bytes codes[kN];
+          unroll<kN>([&](auto n)
+                         LOWBIT_LAMBDA { codes[n] = Source::template row_in_place<kRow, kA>(raw[n], lut); });
+          unroll<kM>([&](auto m) LOWBIT_LAMBDA {
+            const typename S::X4 four = S::broadcast4(x[m] + k + 4 * kAt);
+            unroll<kN>([&](auto n) LOWBIT_LAMBDA {
+              auto& a = acc[m][n][kAt % kA];
+              a = S::template dot<Source::kOperand>(a, codes[n], four);
+            });
+          });
+        });
+      });
+      at += kVectors * kVectorBytes;
+      k += kVectors * kP * 4;
+    } while (at < last);
+    unroll<kM * kN>([&](auto c) LOWBIT_LAMBDA {
+      auto& sums = acc[c / kN][c % kN];
+      if constexpr (Source::kMaskable) {
+        unroll<kA>([&](auto i) LOWBIT_LAMBDA {
+          constexpr int kUp = decltype(i)::value % kP * Source::kBits;
+          if constexpr (kUp > 0) sums[i] = S::template shift_right<kUp>(sums[i]);
+        });
+      }
+      total[c / kN][c % kN] = sum<kA>(sums);
+    });
+  }
+
+  template <int kCount, int kSize>
+  static LOWBIT_INLINE typename S::I32 sum(typename S::I32 (&a)[kSize]) {
+    if constexpr (kCount > 1) {
+      unroll<kCount / 2>([&](auto i) LOWBIT_LAMBDA { a[i] = S::add(a[i], a[i + kCount / 2]); });
+      return sum<kCount / 2>(a);
+    }
+    return a[0];
+  }
+
+  // Blocks [block, block + blocks); those up to kN that do not exist repeat the last one and are not stored.
+  LOWBIT_INLINE void multiply(const Job& job, int64_t block, int blocks, const typename S::Lut& lut) const {
+    const Matrix& w = job.w;
+    const int64_t spans = w.spans(), span_tiles = w.span_tiles(), tiles = w.tiles_k();
+    const int32_t a = Source::kOperand == Operand::kCode ? w.a : 1;
+    const int32_t b = Source::kOperand == Operand::kCode ? w.b : -128;
+    const uint8_t* weights[kN];
+    const uint16_t* scales[kN];
+    typename S::F32 y[kM][kN];
+    unroll<kN>([&](auto n) LOWBIT_LAMBDA {
+      const int64_t at = block + least(n, blocks - 1);
+      weights[n] = w.tiles + at * w.block_bytes();
+      scales[n] = w.scales + at * spans * kTileN;
+      const typename S::F32 bias = load_bias<S>(job, at);
+      unroll<kM>([&](auto m) LOWBIT_LAMBDA { y[m][n] = bias; });
+    });
+    for (int64_t s = 0; s < spans; ++s) {
+      typename S::I32 total[kM][kN];
+      dot(weights, s * span_tiles, least(tiles, (s + 1) * span_tiles), w.block_bytes(), lut, total);
+      typename S::F32 scale[kN];
+      unroll<kN>([&](auto n) LOWBIT_LAMBDA { scale[n] = S::load_half(scales[n] + s * kTileN); });
+      unroll<kM>([&](auto m) LOWBIT_LAMBDA {
+        const int64_t at = row[m] * spans + s;
+        const typename S::F32 sx = S::set1(job.act.scale[at]);
+        const uint32_t offset = static_cast<uint32_t>(b) * static_cast<uint32_t>(job.act.sum[at]);
+        unroll<kN>([&](auto n) LOWBIT_LAMBDA {
+          auto& t = total[m][n];
+          if constexpr (Source::kOperand != Operand::kLevel)
+            t = S::affine(t, a, static_cast<int32_t>(offset));
+          y[m][n] = S::fmadd(S::to_f32(t), S::mul(scale[n], sx), y[m][n]);
+        });
+      });
+    }
+    unroll<kM * kN>([&](auto c) LOWBIT_LAMBDA {
+      constexpr int m = decltype(c)::value / kN, n = decltype(c)::value % kN;
+      if (m >= rows || n >= blocks) return;
+      const int64_t first = (block + n) * kTileN;
+      S::store_f32(job.y + row[m] * job.y_stride + first, y[m][n],
+                   static_cast<int>(least(kTileN, w.n - first)));
+    });
+  }
+
+  static void run(const Job& job, Range blocks, int64_t first, int rows, const typename S::Lut& lut) {
+    Strip strip;
+    strip.rows = rows;
+    for (int m = 0; m < kM; ++m) {
+      strip.row[m] = first + least(m, rows - 1);
+      strip.x[m] = job.act.at(strip.row[m], 0);
+    }
+    for (int64_t block = blocks.begin; block < blocks.end; block += kN)
+      strip.multiply(job, block, static_cast<int>(least(kN, blocks.end - block)), lut);
+  }
+};
+
+constexpr int64_t kBlocksAtATime = 4;  // their packed weights stay in L2 while all rows pass
+
+template <class S, int kBits, bool kLookup>
+void int8_small(const Job& job, Range blocks, Range rows, uint8_t* /*scratch*/) {
+  using Source = Packed<S, kBits, kLookup>;
+  typename S::Lut lut{};
+  if constexpr (kLookup) lut = S::load_lut(job.w.levels);
+  const int64_t step = rows.size() <= S::kMaxRows ? blocks.size() : kBlocksAtATime;
+  for (int64_t block = blocks.begin; block < blocks.end; block += step) {
+    const Range some{block, least(block + step, blocks.end)};
+    for (int64_t m = rows.begin; m < rows.end; m += S::kMaxRows) {
+      const int count = static_cast<int>(least(rows.end - m, S::kMaxRows));
+      if (count == 1) {
+        Strip<S, Source, 1, S::blocks(1, Source::kPositions)>::run(job, some, m, count, lut);
+      } else if (count == 2) {
+        Strip<S, Source, 2, S::blocks(2, Source::kPositions)>::run(job, some, m, count, lut);
+      } else if (count <= 4 || S::kMaxRows == 4) {
+        Strip<S, Source, 4, S::blocks(4, Source::kPositions)>::run(job, some, m, count, lut);
+      } else {
+        Strip<S, Source, S::kMaxRows, S::blocks(S::kMaxRows, Source::kPositions)>::run(job, some, m, count,
+                                                                                       lut);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lowbit
