@@ -73,6 +73,7 @@ class Scored:
         """fp64 [H]: the score that decides."""
         score = weights.acoustic_weight * self.first_pass(weights)
         score = score + weights.lm_weight * self.language_score(weights) + weights.length_bonus * self.words
+        score = score + weights.unknown_weight * self.oov
         return score + weights.first_lm_weight * self.first_lm if weights.first_lm_weight else score
 
 

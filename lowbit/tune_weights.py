@@ -77,7 +77,8 @@ def tune_weights(
 
     def features(scored: Scored) -> np.ndarray:
         models = [scored.lm.logprobs, scored.ngram.logprobs] if split else [scored.language_score(fixed)]
-        rest = [scored.words.astype(np.float64)] + ([scored.first_lm] if with_first_lm else [])
+        rest = [scored.words.astype(np.float64), scored.oov.astype(np.float64)]
+        rest += [scored.first_lm] if with_first_lm else []
         return np.stack(models + rest)
 
     surface = ErrorSurface(
@@ -85,7 +86,7 @@ def tune_weights(
         [features(s) for s in development],
         [distances(s.utterance.ref, [h.text for h in s.utterance.hyps]) for s in development],
     )
-    lower = [0.0] * (1 + split) + [-math.inf] + [0.0] * with_first_lm
+    lower = [0.0] * (1 + split) + [-math.inf] * 2 + [0.0] * with_first_lm
     best = tune(surface, lower, seed=seed)
     lm_weight = float(best[: 1 + split].sum())
     if split:
@@ -98,7 +99,8 @@ def tune_weights(
         fixed,
         lm_weight=lm_weight,
         length_bonus=float(best[1 + split]),
-        first_lm_weight=float(best[2 + split]) if with_first_lm else 0.0,
+        unknown_weight=float(best[2 + split]),
+        first_lm_weight=float(best[3 + split]) if with_first_lm else 0.0,
         first_pass=first_pass,
         tuned_on=tuned_on,
     )

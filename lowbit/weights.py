@@ -15,12 +15,16 @@ INTERPOLATIONS = ("log", "linear")
 
 @dataclass(frozen=True)
 class Weights:
-    """score = acoustic_weight · am + first_lm_weight · lm + lm_weight · L + length_bonus · words (DESIGN section 8).
+    """score = acoustic_weight · am + first_lm_weight · lm + lm_weight · L + length_bonus · words
+    + unknown_weight · unknown words (DESIGN section 8).
 
     L is log P of the hypothesis under the language model, or under the model and an n-gram: interpolated in the
     logarithms, w · log P + (1 − w) · log P_n-gram, or linearly, the sum over words of log(w · P + (1 − w) · P_n-gram).
 
     Attributes:
+        unknown_weight: score of every word outside the vocabulary of the language model (of the n-gram where that is
+            alone). log P has them as <unk>, which is as probable as all unknown words together: without a weight of
+            its own it rewards them.
         interpolation_weight: w; 1 without an n-gram, 0 with an n-gram alone.
         interpolation: "log" or "linear".
         acoustic_weight: of the first pass's am score (or minus the rank), to which the other weights are relative.
@@ -38,6 +42,7 @@ class Weights:
     interpolation: str = "log"
     acoustic_weight: float = 1.0
     first_lm_weight: float = 0.0
+    unknown_weight: float = 0.0
     average_am: bool = False
     first_pass: str | None = None
     tuned_on: dict[str, Any] = field(default_factory=dict)
@@ -76,4 +81,4 @@ class Weights:
             raise LowbitError(f"{path}: {error}") from None
 
 
-NUMBERS = ("lm_weight", "length_bonus", "interpolation_weight", "acoustic_weight", "first_lm_weight")
+NUMBERS = ("lm_weight", "length_bonus", "interpolation_weight", "acoustic_weight", "first_lm_weight", "unknown_weight")

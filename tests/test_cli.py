@@ -33,7 +33,7 @@ def test_help_lists_the_stages_that_are_there(capsys):
     assert cli.entry(["--help"]) == 0
     out = capsys.readouterr().out
     for stage, text in cli.STAGES.items():
-        assert (f"  {stage:11}  {text}" in out) == (ROOT / "tools" / f"{stage}.py").exists()
+        assert (f"  {cli.command_name(stage):13}  {text}" in out) == (ROOT / "tools" / f"{stage}.py").exists()
 
 
 def test_help_imports_nothing_heavy():

@@ -152,6 +152,7 @@ def test_interpolation_with_an_ngram(lm, ngram, interpolation):
         "linear": np.log(w * np.exp(lm_tokens) + (1 - w) * np.exp(ngram_tokens)).sum(),
     }[interpolation]
     expected = best.am + weights.lm_weight * mixed + weights.length_bonus * len(words)
+    expected += weights.unknown_weight * words.count("zz")
     assert best.extra["score"] == pytest.approx(expected, rel=1e-5)  # fp32 in the model
     assert best.extra["ngram_logprob"] == pytest.approx(ngram_tokens.sum())
 
@@ -162,6 +163,19 @@ def test_two_models_are_never_worse_than_one_on_the_list_they_are_tuned_on(lm, n
     alone = [tuned(Scorer(*models), lists).tuned_on["rescored_wer"] for models in ((lm, None), (None, ngram))]
     # Powell's method finds no global optimum; on this list it does find one at least as good.
     assert together <= min(alone)
+
+
+def test_unknown_words_have_a_weight_of_their_own(lm):
+    """Hypotheses with an unknown word are always wrong here, and the recogniser prefers them."""
+    texts = [f"{a} {b}" for a in "abcd" for b in "abcd"]
+    lists = [NBest(t, [Hypothesis(f"{t[0]} zz", 0.0), Hypothesis(t, -1.0)], t) for t in texts]
+    weights = tuned(Scorer(lm), lists)
+    assert weights.unknown_weight < 0 and weights.tuned_on["rescored_wer"] == 0
+    with_weight, without = (
+        next(rescore_stream(Scorer(lm), lists, Weights(0.0, unknown_weight=w), RescoringReport())) for w in (-2.0, 0.0)
+    )
+    assert [h.extra["score"] for h in with_weight.hyps] == [-1.0, -2.0]
+    assert [h.extra["score"] for h in without.hyps] == [0.0, -1.0]
 
 
 def test_linear_interpolation_weight_is_the_most_probable_one():
@@ -198,7 +212,9 @@ def test_the_first_pass_language_model_takes_part_where_the_list_has_it(lm):
     assert report.to_dict()["rescored_wer"] == pytest.approx(weights.tuned_on["rescored_wer"])
     hyp = done[0].hyps[0]
     expected = hyp.am + weights.first_lm_weight * hyp.lm + weights.lm_weight * hyp.extra["logprob"]
-    assert hyp.extra["score"] == pytest.approx(expected + weights.length_bonus * len(hyp.text.split()))
+    words = hyp.text.split()
+    expected += weights.length_bonus * len(words) + weights.unknown_weight * words.count("zz")
+    assert hyp.extra["score"] == pytest.approx(expected)
     with pytest.raises(LowbitError, match="utterance 'u0': 'lm' is absent"):
         list(rescore_stream(Scorer(lm), make_lists(1), Weights(1.0, first_lm_weight=1.0), RescoringReport()))
 

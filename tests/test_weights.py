@@ -10,7 +10,7 @@ from lowbit.weights import Weights
 
 
 def test_round_trip(tmp_path):
-    weights = Weights(0.25, -1.5, 0.75, "linear", 2.0, 0.5, True, "am", {"list": "dev.jsonl", "utterances": 3})
+    weights = Weights(0.25, -1.5, 0.75, "linear", 2.0, 0.5, -3.0, True, "am", {"list": "dev.jsonl", "utterances": 3})
     weights.save(tmp_path / "w.json")
     assert Weights.load(tmp_path / "w.json") == weights
 

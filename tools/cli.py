@@ -45,6 +45,7 @@ STAGES = {
     "rescore": "rescore N-best lists of a speech recogniser",
     "wer": "word error rate with significance tests",
     "reproduce": "run the experiments whose numbers the documentation reports",
+    "reproduce_asr": "the word error rates that the documentation reports, models and all",
     "demo": "the whole pipeline in five minutes on the text of this Python's documentation",
 }
 OK, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
@@ -61,7 +62,7 @@ def entry(argv: Sequence[str] | None = None) -> int:
     stages = available_stages()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("usage: lowbit <stage> [arguments]\n\nLow-bit Transformer language models.\n\nstages:")
-        print("\n".join(f"  {name:11}  {text}" for name, text in stages.items()))
+        print("\n".join(f"  {command_name(stage):13}  {text}" for stage, text in stages.items()))
         print("\nlowbit <stage> --help explains a stage; lowbit --version prints the version.")
         return OK if argv else BAD_INPUT
     if argv[0] == "--version":
@@ -69,17 +70,24 @@ def entry(argv: Sequence[str] | None = None) -> int:
 
         print(f"lowbit {lowbit.__version__}")
         return OK
-    if argv[0] not in stages:
-        print(f"lowbit: unknown stage {argv[0]!r}; stages: {', '.join(stages)}", file=sys.stderr)
+    stage = argv[0].replace("-", "_")
+    if stage not in stages:
+        names = ", ".join(map(command_name, stages))
+        print(f"lowbit: unknown stage {argv[0]!r}; stages: {names}", file=sys.stderr)
         return BAD_INPUT
-    return importlib.import_module(f"lowbit.tools.{argv[0]}").main(argv[1:])
+    return importlib.import_module(f"lowbit.tools.{stage}").main(argv[1:])
+
+
+def command_name(stage: str) -> str:
+    """What a stage is called on the command line: its module's name, with hyphens."""
+    return stage.replace("_", "-")
 
 
 def parser(stage: str, example: str, detail: str = "") -> argparse.ArgumentParser:
     """The argument parser of a stage, with `--json` and a help text that ends with ``example``."""
     text = STAGES[stage]
     p = argparse.ArgumentParser(
-        prog=f"lowbit {stage}",
+        prog=f"lowbit {command_name(stage)}",
         description=f"{text[0].upper()}{text[1:]}." + (f"\n\n{detail}" if detail else ""),
         epilog="example:\n  " + example.replace("\n", "\n  "),
         formatter_class=argparse.RawDescriptionHelpFormatter,

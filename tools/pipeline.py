@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -80,6 +81,18 @@ class Pipeline:
     def commands(self) -> list[str]:
         """The command lines that made the folder, in order."""
         return [record["command"] for record in self.stages.values()]
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import torch
+
+    import lowbit
+
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "isa": lowbit.isa(),
+        "threads": torch.get_num_threads(), "platform": platform.platform(),
+    }  # fmt: skip
 
 
 def file_hash(path: str | Path) -> str:

@@ -8,19 +8,16 @@ batches and seed. Rescoring weights are tuned on dev.jsonl for every row by itse
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import lowbit
 from lowbit.errors import LowbitError
 from lowbit.files import write_json
 from lowbit.tools import cli
 from lowbit.tools.experiment import RECIPES, Experiment
+from lowbit.tools.pipeline import machine
 from lowbit.tools.results import markdown, picture, replace_section
 
 
@@ -41,14 +38,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--skip-control", action="store_true", help="leave out the retrained full-precision model")
     p.add_argument("--restart", action="store_true", help="run every stage again")
     return p
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "isa": lowbit.isa(),
-        "threads": torch.get_num_threads(), "platform": platform.platform(),
-    }  # fmt: skip
 
 
 def body(args: argparse.Namespace) -> dict[str, Any]:

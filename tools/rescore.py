@@ -12,7 +12,14 @@ from typing import Any
 from lowbit.tools import cli
 from lowbit.tools.engine_options import add_engine_options, add_list_options, read_lists
 
-WEIGHTS = ("lm_weight", "length_bonus", "interpolation_weight", "acoustic_weight", "first_lm_weight")
+DEFAULTS = {
+    "length_bonus": 0,
+    "unknown_weight": 0,
+    "interpolation_weight": 1,
+    "acoustic_weight": 1,
+    "first_lm_weight": 0,
+}
+WEIGHTS = ("lm_weight", *DEFAULTS)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "lowbit rescore model.lowbit --ngram 3gram.arpa --nbest kaldi_dir --out best.trn --weights weights.json",
         "The new score of a hypothesis is\n"
         "  acoustic_weight * am + first_lm_weight * lm + lm_weight * [w * log P + (1 - w) * log P_n-gram]\n"
-        "  + length_bonus * words\n"
+        "  + length_bonus * words + unknown_weight * words outside the model's vocabulary\n"
         "where am and lm are the list's own; lists without am use minus the rank, and that is said. --tune finds the\n"
         "weights (but acoustic_weight, which is 1) with the fewest word errors on this list, by exact line searches,\n"
         "and saves them to the file of --weights; with --folds every part of the list is rescored by the weights\n"
@@ -52,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--folds", type=int, metavar="K", help="of --tune: cross-validate in K parts")
     p.add_argument("--fold-by", metavar="FIELD", default="spk", help="whose values stay in one part (default: spk)")
     p.add_argument("--lm-weight", type=float, metavar="A", help="weights by hand, instead of --weights")
-    for name, default in zip(WEIGHTS[1:], (0, 1, 1, 0)):
+    for name, default in DEFAULTS.items():
         flag = f"--{name.replace('_', '-')}"
         p.add_argument(flag, type=float, metavar="B", help=f"with --lm-weight (default {default})")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="of --tune's random directions, and of the folds")
@@ -90,7 +97,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise LowbitError("--tune finds the weights: leave --lm-weight out")
     if not args.tune and (args.weights is None) is (args.lm_weight is None):
         raise LowbitError("give the weights once: --weights FILE, --lm-weight A, or --tune")
-    for name in WEIGHTS[1:]:
+    for name in DEFAULTS:
         if getattr(args, name) is not None and args.lm_weight is None:
             raise LowbitError(f"--{name.replace('_', '-')} goes with --lm-weight")
     if args.folds is not None and (not args.tune or args.weights):
@@ -215,7 +222,7 @@ def print_result(args: argparse.Namespace, result: dict[str, Any], used: list[di
         rates = [f"{name.replace('_', ' ')} {result[f'{name}_wer']:.2f}" for name in names]
         console.print("WER %: " + ", ".join(rates))
     for weights in used:
-        shown = [f"{n} {weights[n]:.4g}" for n in WEIGHTS if n in WEIGHTS[:2] or weights[n] != (n != "first_lm_weight")]
+        shown = [f"{n} {weights[n]:.4g}" for n in WEIGHTS if n in WEIGHTS[:2] or weights[n] != DEFAULTS[n]]
         console.print(", ".join(shown) + (" (tuned on this list)" if args.tune else ""))
     share = result["oov"] / max(1, result["words"])
     counts = f"{result['utterances']:,} utterances, {result['hypotheses']:,} hypotheses"
