@@ -114,9 +114,14 @@ def test_perplexities_of_w_and_of_q_are_logged(finished):
 
 @pytest.mark.parametrize(
     "more",
-    [["--phases", "0", "1", "0"], ["--phases", "1", "0", "1"], ["--extra-gradient"], ["--dropout-scale", "0"]],
-    ids=["straight-through only", "no hard phase", "extra gradient", "no dropout"],
-)
+    [
+        ["--phases", "0", "1", "0"], ["--phases", "1", "0", "1"], ["--extra-gradient"], ["--dropout-scale", "0"],
+        ["--method", "straight-through"], ["--method", "admm-only"], ["--method", "admm-only", "--duals", "1"],
+        ["--learn-scales"], ["--learn-scales", "--freeze-from", "1", "--lr-scales", "1", "0.5", "0.1"],
+    ],
+    ids=["hard phase only", "no hard phase", "extra gradient", "no dropout", "straight-through", "ADMM only",
+         "one dual update", "learned scales", "never frozen"],
+)  # fmt: skip
 def test_every_way_ends_on_the_levels(trained, tmp_path, more):
     checkpoint = run(trained, tmp_path / "q.safetensors", "--epochs", "1", *more)
     assert checkpoint.residual == 0.0
@@ -142,6 +147,71 @@ def test_killed_in_every_phase_it_ends_as_uninterrupted(trained, tmp_path, monke
     for name, scale in whole.scales.items():
         assert torch.equal(scale, killed.scales[name]), name
     assert not (tmp_path / "killed.safetensors.resume").exists()
+
+
+def test_admm_only_ends_on_a_projection(trained, tmp_path):
+    """No straight-through step: the result is the best Q among those that ADMM itself validated."""
+    checkpoint = run(trained, tmp_path / "q.safetensors", "--method", "admm-only")
+    log = [json.loads(line) for line in Path(tmp_path / "q.safetensors.log.jsonl").read_text().splitlines()]
+    assert {record["phase"] for record in log} == {"admm"}
+    best = min(record["valid_ppl_q"] for record in log if "valid_ppl_q" in record)
+    # Vectors are rounded to fp16 after the choice.
+    assert checkpoint.info["admm"]["valid_ppl"] == pytest.approx(best, rel=1e-3)
+
+
+def test_learned_scale_gradient_is_that_of_the_quantizer():
+    """Esser et al. 2020, equation 3, against finite differences of Q with rounding held (its straight-through part)."""
+    torch.manual_seed(0)
+    m = QuantizedMatrix(torch.nn.Parameter(torch.randn(3, 64)), MatrixPlan(2))
+    m.start_hard(learn_scales=True)
+    m.latent.data[0, :4] = torch.tensor([9.0, -9.0, 0.1, 0.5])
+    m.load_quantized(refit=False)
+    m.weight.grad = torch.randn(3, 64)
+    m.pass_gradient(learn_scales=True)
+    s, w = m.scale.double(), m.latent.data.double()
+    held = (w / s - m.weight.data.double() / s).detach()  # what rounding and clipping changed, in units of the scale
+    inside = (w / s).abs() <= 4  # levels end at 3, and 3 stands for what lies up to 4
+
+    def q(log_scale):
+        scale = s * log_scale.exp()
+        return torch.where(inside, scale * ((w / s) - held) + (w - scale * (w / s)), scale * (w / s - held))
+
+    zero = torch.zeros_like(s, requires_grad=True)
+    (q(zero) * m.weight.grad.double()).sum().backward()
+    torch.testing.assert_close(m.log_scale.grad.double(), zero.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_learned_scales_move_and_rest_once_codes_are_frozen(trained, tmp_path):
+    fitted = run(trained, tmp_path / "a.safetensors", "--method", "straight-through", "--freeze-from", "1")
+    learned = run(trained, tmp_path / "b.safetensors", "--method", "straight-through", "--freeze-from", "1",
+                  "--learn-scales")  # fmt: skip
+    assert any(not torch.equal(fitted.scales[m], learned.scales[m]) for m in fitted.scales)
+
+
+def test_start_from_a_model_of_more_bits(trained, finished, tmp_path):
+    """Progressive training: the first weights are the other model's."""
+    path, _ = finished
+    first = run(trained, tmp_path / "a.safetensors", "--epochs", "0.2", "--start", str(path))
+    other = run(trained, tmp_path / "b.safetensors", "--epochs", "0.2")
+    assert any(not torch.equal(first.tensors[n], other.tensors[n]) for n in first.tensors)
+
+
+def test_pull_follows_sensitivity(trained, tmp_path):
+    from lowbit.tools import sensitivity
+    from lowbit.tools.search.sensitivities import pull_weights
+
+    sens = tmp_path / "sens.json"
+    arguments = [str(trained / "fp.safetensors"), "--data", str(trained / "data"), "--metric", "fisher",
+                 "--samples", "2", "2", "--ratio", "5", "--threads", "1", "--out", str(sens)]  # fmt: skip
+    assert sensitivity.main(arguments) == 0
+    config = Checkpoint.load(trained / "fp.safetensors").config
+    weights, rows = pull_weights(sens, config), json.loads(sens.read_text())["matrices"]
+    order = sorted(weights, key=weights.get)
+    trace = {m: rows[m]["trace"] / math.prod(config.matrix_shapes()[m]) for m in rows}
+    assert all(0.25 <= v <= 4 for v in weights.values()) and max(weights.values()) > 1 > min(weights.values())
+    # Clipped weights tie.
+    assert all(trace[a] <= trace[b] or weights[a] == weights[b] for a, b in itertools.pairwise(order))
+    assert run(trained, tmp_path / "q.safetensors", "--pull", str(sens)).residual == 0
 
 
 def test_admm_beats_rounding(trained, tmp_path):
@@ -221,7 +291,7 @@ def test_checkpoints_that_admm_cannot_start_from(trained, finished, tmp_path, ca
 @pytest.mark.parametrize(
     "more",
     [
-        ["--epochs", "-1"], ["--lr", "-1"], ["--phases", "1", "0", "0"], ["--phases", "0", "0", "0"],
+        ["--epochs", "-1"], ["--lr", "-1"], ["--lr-scales", "1", "0", "1"], ["--freeze-from", "0"], ["--phases", "0", "0", "0"],
         ["--phases", "1", "-1", "1"], ["--distill", "1.5"], ["--duals", "0"], ["--kappa", "0.1", "0.01"],
         ["--kappa", "0", "0.01"], ["--dropout-scale", "-1"], ["--out", "/no/such/folder/q.safetensors"],
         ["--epochs", "0"], ["--lr", "nan"], ["--dropout-scale", "20"], ["--epochs", "inf"], ["--seed", "-1"],

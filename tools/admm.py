@@ -21,7 +21,9 @@ from lowbit.errors import LowbitError
 from lowbit.plan import Plan
 from lowbit.tables import FREE
 from lowbit.tools import cli
-from lowbit.tools.training.admm import Admm, AdmmOptions
+from lowbit.tools.search.sensitivities import pull_weights
+from lowbit.tools.training.admm import Admm
+from lowbit.tools.training.admm_options import METHODS, AdmmOptions
 from lowbit.tools.training.config import TrainConfig
 from lowbit.tools.training.loop import Stepper
 from lowbit.tools.training.start import Corpora, add_run_options, prepare_run
@@ -42,8 +44,12 @@ def parser() -> argparse.ArgumentParser:
     o = AdmmOptions()
     p.add_argument("--epochs", type=float, help="length of all phases together (default: as long as the original)")
     p.add_argument("--lr", type=float, help="peak learning rate (default: half of the original's)")
-    p.add_argument("--phases", type=float, nargs=3, default=o.phases, metavar=("ADMM", "HARD", "SCALES"),
-                   help="shares of the steps (default: %(default)s); ADMM 0 is straight-through only")  # fmt: skip
+    p.add_argument("--method", choices=list(METHODS), default="admm",
+                   help="admm is followed by a straight-through phase (default: admm)")  # fmt: skip
+    p.add_argument("--phases", type=float, nargs=3, metavar=("ADMM", "HARD", "SCALES"),
+                   help="shares of the steps (default: the method's)")  # fmt: skip
+    p.add_argument("--lr-scales", type=float, nargs=3, default=o.lr_scales, metavar=("ADMM", "HARD", "SCALES"),
+                   help="factors on the learning rate (default: %(default)s)")  # fmt: skip
     p.add_argument("--dropout-scale", type=float, default=o.dropout_scale,
                    help="factor on the original dropout rates (default: %(default)s)")  # fmt: skip
     p.add_argument("--distill", type=float, default=o.distill, metavar="L",
@@ -52,6 +58,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kappa", type=float, nargs=2, default=o.kappa, metavar=("FIRST", "LAST"),
                    help="geometric ramp of the proximal pull (default: %(default)s)")  # fmt: skip
     p.add_argument("--extra-gradient", action="store_true", help="two gradients a step, as the papers do")
+    p.add_argument("--pull", metavar="SENS.json",
+                   help="weigh the pull of every matrix by its sensitivity (`lowbit sensitivity`)")  # fmt: skip
+    p.add_argument("--learn-scales", action="store_true",
+                   help="learn scales by gradient in the hard phase, instead of fitting them")  # fmt: skip
+    p.add_argument("--freeze-from", type=float, default=o.freeze_from, metavar="SHARE",
+                   help="of the hard phase, then stable codes are frozen; 1 never (default: %(default)s)")  # fmt: skip
+    p.add_argument("--start", metavar="FILE",
+                   help="start from these weights, such as a model of more bits; CHECKPOINT still teaches")  # fmt: skip
     p.add_argument("--seed", type=int, help="order of the data and dropout (default: the original's)")
     add_run_options(p)
     return p
@@ -74,19 +88,20 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
     )
     options = AdmmOptions(
         epochs=config.epochs if args.epochs is None else args.epochs, lr=config.lr / 2 if args.lr is None else args.lr,
-        phases=tuple(args.phases),
+        phases=tuple(args.phases or METHODS[args.method]), lr_scales=tuple(args.lr_scales),
         dropout_scale=args.dropout_scale, distill=args.distill, duals=args.duals, kappa=tuple(args.kappa),
-        extra_gradient=args.extra_gradient,
+        extra_gradient=args.extra_gradient, learn_scales=args.learn_scales, freeze_from=args.freeze_from,
     )  # fmt: skip
     dropout = replace(config, dropout=config.dropout.scaled(options.dropout_scale)).dropout  # checked again
+    start, pull = _start(args, checkpoint), None if args.pull is None else pull_weights(args.pull, checkpoint.config)
     corpora = Corpora.read(args.data, config, checkpoint.vocab)
     device, precision, parallel = prepare_run(args, config.seed)
-    model = checkpoint.build_model().to(device)
+    model = (checkpoint if start is None else start).build_model().to(device)
     model.dropout = dropout
     torch.manual_seed(config.seed * 1000 + parallel.rank)
     teacher = checkpoint.build_model().to(device) if options.distill > 0 else None
     stepper = Stepper(model, parallel, device, precision, config.clip)
-    run = Admm(options, config, plan, corpora, stepper, teacher, args.out, args.restart)
+    run = Admm(options, config, plan, corpora, stepper, teacher, args.out, args.restart, pull)
     result = run.run()
     if parallel.is_main:
         info = checkpoint.info | {"admm": result}
@@ -99,6 +114,16 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
     run.finish()
     parallel.close()
     return result
+
+
+def _start(args: argparse.Namespace, checkpoint: Checkpoint) -> Checkpoint | None:
+    """The checkpoint of --start, of the same model as ``checkpoint``."""
+    if args.start is None:
+        return None
+    start = Checkpoint.load(args.start)
+    if start.config != checkpoint.config or start.vocab.hash != checkpoint.vocab.hash:
+        raise LowbitError(f"--start {args.start}: a model of another shape or vocabulary than {args.checkpoint}")
+    return start
 
 
 def main(argv: Sequence[str] | None = None) -> int:

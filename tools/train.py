@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, help="override the configuration's peak learning rate")
     p.add_argument("--dropout-scale", type=float, default=1.0, metavar="F", help="factor on every dropout rate")
     p.add_argument("--init", metavar="FILE", help="start from this full-precision checkpoint's weights and vocabulary")
+    p.add_argument("--distill", type=float, default=0.0, metavar="L",
+                   help="loss (1-L) CE + L KL(--init model || this one) (default: %(default)s)")  # fmt: skip
     add_run_options(p)
     return p
 
@@ -50,6 +52,8 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
     overrides = {k: getattr(args, k) for k in ("epochs", "seed", "lr") if getattr(args, k) is not None}
     config = replace(config, **overrides, dropout=config.dropout.scaled(args.dropout_scale))
     init = None if args.init is None else Checkpoint.load(args.init)
+    if not 0 <= args.distill <= 1 or (args.distill and init is None):
+        raise LowbitError(f"--distill {args.distill}: must lie in [0, 1], and needs --init, its teacher")
     corpora = Corpora.read(args.data, config, init.vocab if init else None)
     device, precision, parallel = prepare_run(args, config.seed)
     model_config = ModelConfig.from_dict(_model_fields(config, len(corpora.vocab)))
@@ -58,7 +62,8 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
     model = (init.build_model() if init else TransformerLM(model_config)).to(device)
     model.dropout = config.dropout
     torch.manual_seed(config.seed * 1000 + parallel.rank)  # dropout masks differ between processes
-    run = Training(config, corpora, Stepper(model, parallel, device, precision, config.clip), args)
+    teacher = init.build_model().to(device) if args.distill else None
+    run = Training(config, corpora, Stepper(model, parallel, device, precision, config.clip), args, teacher)
     result = run.run()
     if parallel.is_main:
         cli.console(args).print(
@@ -81,8 +86,11 @@ def _model_fields(config: TrainConfig, vocab_size: int) -> dict[str, Any]:
 class Training:
     """The loop of the full-precision stage."""
 
-    def __init__(self, config: TrainConfig, corpora: Corpora, stepper: Stepper, args: argparse.Namespace):
-        self.config, self.corpora, self.stepper, self.args = config, corpora, stepper, args
+    def __init__(
+        self, config: TrainConfig, corpora: Corpora, stepper: Stepper, args: argparse.Namespace,
+        teacher: TransformerLM | None,
+    ):  # fmt: skip
+        self.config, self.corpora, self.stepper, self.args, self.teacher = config, corpora, stepper, args, teacher
         self.total = max(1, round(config.epochs * len(corpora.train.epoch(0))))
         self.optimizer = torch.optim.AdamW(
             _decay_groups(stepper.model, config.weight_decay),
@@ -91,7 +99,7 @@ class Training:
             eps=1e-8,
             fused=True,
         )
-        identity = run_identity(stepper, corpora.digest) | {"config": config.to_dict()}
+        identity = run_identity(stepper, corpora.digest) | {"config": config.to_dict(), "distill": args.distill}
         self.resume = Resume(args.out, identity, stepper.parallel, args.restart)
         self.step, self.seconds, self.peak = 0, 0.0, config.lr
         self.best_nll, self.best = math.inf, {}
@@ -124,7 +132,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total, self.peak, c.warmup, c.schedule)
         self.optimizer.zero_grad(set_to_none=True)
-        result = self.stepper.backward(batch)
+        result = self.stepper.backward(batch, self.teacher, self.args.distill)
         self.stepper.clip_gradients()
         self.optimizer.step()
         return result

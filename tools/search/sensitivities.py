@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit.config import ModelConfig
 from lowbit.errors import LowbitError
 from lowbit.files import PathLike, read_json
 from lowbit.tools.search.choices import CHOICES
@@ -47,6 +48,23 @@ class Sensitivities:
             for field in ("omega", "squared_error")
         }
         return cls(values["metric"], choices, tables["omega"], tables["squared_error"], size)
+
+
+def pull_weights(path: PathLike, config: ModelConfig) -> dict[str, float]:
+    """Factors on the proximal pull of every matrix: the root of its cost per squared error, geometric mean 1.
+
+    Within [1/4, 4]: a sensitive matrix holds on to its quantized values sooner, none runs away from the others.
+
+    Raises:
+        LowbitError: a file of another model.
+    """
+    sens = Sensitivities.load(path)
+    if sens.size.config != config:
+        raise LowbitError(f"{path}: measured on a model of another shape")
+    first = sens.choices[0]
+    cost = [max(sens.omega[m][first], 1e-12) / max(sens.squared_error[m][first], 1e-12) for m in sens.omega]
+    mean = sum(map(math.log, cost)) / len(cost)
+    return {m: min(4.0, max(0.25, math.exp((math.log(c) - mean) / 2))) for m, c in zip(sens.omega, cost)}
 
 
 def _numbers(row: Any, field: str, choices: list[str], where: str) -> dict[str, float]:

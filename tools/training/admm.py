@@ -7,63 +7,23 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from lowbit.errors import LowbitError
 from lowbit.model import TransformerLM
 from lowbit.plan import Plan
 from lowbit.tools import cli
+from lowbit.tools.training.admm_options import PHASES, AdmmOptions
 from lowbit.tools.training.config import TrainConfig
 from lowbit.tools.training.loop import Epochs, Resume, Stepper, learning_rate, ppl_note, run_identity
 from lowbit.tools.training.quantized import QuantizedMatrix
 
-PHASES = ("admm", "hard", "scales")
 HARD_CHECKS = 40  # looks at the stability of codes over the hard phase
-FREEZE_FROM, FREEZE_AFTER = 28, 8  # first look that may freeze; looks a code must have been stable for
+FREEZE_AFTER = 8  # looks a code must have been stable for
 REFIT_EVERY = 10  # hard steps between re-solved scales
 ADMM_EVALS, HARD_EVALS, SCALE_EVALS = 6, 8, 3
-
-
-@dataclass(frozen=True)
-class AdmmOptions:
-    """Length and strength of the three phases; defaults as DESIGN section 7.
-
-    Attributes:
-        phases: shares of the steps for ADMM, the hard phase and the scale phase.
-        kappa: first and last strength of the decoupled proximal pull W <- W - kappa (W - Q + U), ramped geometrically.
-    """
-
-    epochs: float = 10.0
-    lr: float = 5e-4
-    phases: tuple[float, float, float] = (0.4, 0.5, 0.1)
-    dropout_scale: float = 0.7
-    distill: float = 0.0
-    duals: int = 40
-    kappa: tuple[float, float] = (1e-5, 1e-2)
-    extra_gradient: bool = False
-    warmup: int = 100
-
-    def __post_init__(self) -> None:
-        def require(ok: bool, what: str) -> None:
-            if not ok:
-                raise LowbitError(f"admm: {what}")
-
-        require(0 < self.epochs < math.inf and 0 < self.lr < math.inf, "epochs and lr must be positive numbers")
-        require(min(self.phases) >= 0 and 0 < sum(self.phases) < math.inf, "phases are shares that are not all 0")
-        require(
-            self.phases[1] + self.phases[2] > 0,
-            "without a hard or a scale phase nothing is quantized at the end",
-        )
-        require(0 <= self.distill <= 1, "distill must lie in [0, 1]")
-        require(self.dropout_scale >= 0 and self.duals >= 1, "dropout-scale must be >= 0 and duals >= 1")
-        require(0 < self.kappa[0] <= self.kappa[1] < 1, "kappa must rise within (0, 1)")
-
-    def kappa_at(self, dual: int) -> float:
-        first, last = self.kappa
-        return first * (last / first) ** (dual / max(1, self.duals - 1))
 
 
 class Admm:
@@ -79,10 +39,12 @@ class Admm:
         teacher: TransformerLM | None,
         out: str,
         restart: bool,
+        pull: dict[str, float] | None = None,
     ):
         self.corpora, self.stepper, self.teacher = corpora, stepper, teacher
         parameters = dict(stepper.model.named_parameters())
         self.matrices = {name: QuantizedMatrix(parameters[f"{name}.weight"], plan[name]) for name in plan}
+        self.pull = pull or dict.fromkeys(plan, 1.0)
         quantized = {f"{name}.weight" for name in plan}
         self.vectors = [p for name, p in parameters.items() if name not in quantized]
         total = max(3, round(options.epochs * len(corpora.train.epoch(0))))
@@ -92,6 +54,7 @@ class Admm:
         self.options = options = replace(options, duals=min(options.duals, max(1, self.steps["admm"])))
         identity = run_identity(stepper, corpora.digest) | {
             "options": asdict(options), "config": config.to_dict(), "plan": plan.to_dict(),
+            "pull": pull,
         }  # fmt: skip
         self.resume = Resume(out, identity, stepper.parallel, restart)
         self.phase, self.step, self.dual, self.seconds = "admm", 0, 0, 0.0
@@ -112,6 +75,8 @@ class Admm:
         done = sum(self.steps[p] for p in PHASES[: PHASES.index(self.phase)]) + self.step
         with self.resume.guarded(), cli.Progress("admm", sum(self.steps.values()), "step", done) as self.bar:
             for phase in PHASES[PHASES.index(self.phase) :]:
+                if self.steps[phase] == 0:
+                    continue
                 if phase != self.phase:
                     self._start_phase(phase)
                 self._run_phase(getattr(self, f"_{phase}_step"))
@@ -140,7 +105,7 @@ class Admm:
                 m.set_target()
         elif phase == "hard":
             for m in self.matrices.values():
-                m.start_hard()
+                m.start_hard(self.options.learn_scales)
         else:
             for m in self.matrices.values():
                 m.start_scales()
@@ -148,8 +113,10 @@ class Admm:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """Weight decay is off: the levels, not zero, are where the weights belong (DESIGN 7)."""
-        trained = {"admm": "weight", "hard": "latent", "scales": "log_scale"}[self.phase]
-        parameters = [getattr(m, trained) for m in self.matrices.values()] + self.vectors
+        trained = {"admm": ["weight"], "hard": ["latent"], "scales": ["log_scale"]}[self.phase]
+        if self.phase == "hard" and self.options.learn_scales:
+            trained.append("log_scale")
+        parameters = [getattr(m, name) for name in trained for m in self.matrices.values()] + self.vectors
         return torch.optim.AdamW(parameters, lr=self.options.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
     def _run_phase(self, step) -> None:
@@ -163,12 +130,13 @@ class Admm:
 
     def _set_lr(self) -> None:
         o, steps = self.options, self.steps[self.phase]
+        peak = o.lr * o.lr_scales[PHASES.index(self.phase)]
         if self.phase == "admm":
-            lr = learning_rate(self.step, steps, o.lr, o.warmup, "plateau")
+            lr = learning_rate(self.step, steps, peak, o.warmup, "plateau")
         elif self.phase == "hard":
-            lr = learning_rate(self.step, steps, o.lr, 0 if self.steps["admm"] else o.warmup)
+            lr = learning_rate(self.step, steps, peak, 0 if self.steps["admm"] else o.warmup)
         else:
-            lr = learning_rate(self.step, steps, o.lr / 4, min(o.warmup, steps // 5))
+            lr = learning_rate(self.step, steps, peak, min(o.warmup, steps // 5))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -188,11 +156,8 @@ class Admm:
             torch._foreach_copy_(self._all_parameters(), self._origin)
         self.optimizer.step()
         kappa = self.options.kappa_at(self.dual)
-        weights, targets = (
-            [m.weight.data for m in self.matrices.values()],
-            [m.target for m in self.matrices.values()],
-        )
-        torch._foreach_lerp_(weights, targets, kappa)
+        for name, m in self.matrices.items():
+            m.weight.data.lerp_(m.target, min(1.0, kappa * self.pull[name]))
         duals = self.options.duals
         if self.step + 1 >= (self.dual + 1) * self.steps["admm"] / duals:
             self._dual_update()
@@ -209,11 +174,11 @@ class Admm:
     def _dual_update(self) -> None:
         flips, sizes = 0.0, 0
         kappa = self.options.kappa_at(self.dual)
-        rate = 1 - (1 - kappa) ** (self.steps["admm"] / self.options.duals)
-        for m in self.matrices.values():
+        steps = self.steps["admm"] / self.options.duals
+        for name, m in self.matrices.items():
             flips += m.q_step() * m.codes.numel()
             sizes += m.codes.numel()
-            m.dual_step(rate)
+            m.dual_step(1 - (1 - min(1.0, kappa * self.pull[name])) ** steps)
         # The scaled dual is U = y / rho: it shrinks as the penalty grows.
         ratio = kappa / self.options.kappa_at(min(self.dual + 1, self.options.duals - 1))
         residual = self._residual()
@@ -240,6 +205,8 @@ class Admm:
         nll_w = self.stepper.validate(self.corpora.valid)
         with self._holding_q():
             self.valid_nll = self.stepper.validate(self.corpora.valid)
+        if self.steps["hard"] + self.steps["scales"] == 0:
+            self._remember()
         return {"valid_ppl_w": _ppl(nll_w), "valid_ppl_q": _ppl(self.valid_nll)}
 
     @contextlib.contextmanager
@@ -257,21 +224,21 @@ class Admm:
         self._set_lr()
         self._backward(batch)
         for m in self.matrices.values():
-            m.pass_gradient()
+            m.pass_gradient(self.options.learn_scales)
         self.optimizer.step()
         steps = self.steps["hard"]
         look = (self.step + 1) * HARD_CHECKS // steps
         if look > self.step * HARD_CHECKS // steps:
             self._track_codes(look)
         for m in self.matrices.values():
-            m.load_quantized(refit=(self.step + 1) % REFIT_EVERY == 0)
+            m.load_quantized(refit=(self.step + 1) % REFIT_EVERY == 0 and not self.options.learn_scales)
         self._validate_every(HARD_EVALS)
 
     def _track_codes(self, look: int) -> None:
         sizes = sum(m.codes.numel() for m in self.matrices.values())
         flips = frozen = 0.0
         for m in self.matrices.values():
-            f, z = m.track_codes(FREEZE_AFTER if look >= FREEZE_FROM else None)
+            f, z = m.track_codes(FREEZE_AFTER if look >= self.options.freeze_from * HARD_CHECKS else None)
             flips, frozen = flips + f * m.codes.numel() / sizes, frozen + z * m.codes.numel() / sizes
         self._log(look=look, flips=flips, frozen=frozen)
 
@@ -292,16 +259,23 @@ class Admm:
         if (self.step + 1) * evals // steps > self.step * evals // steps:
             self.valid_nll = self.stepper.validate(self.corpora.valid)
             self._log(valid_ppl_q=_ppl(self.valid_nll))
-            if self.valid_nll < self.best_nll:
-                self.best_nll = self.valid_nll
-                self.best = {
-                    "at": f"{self.phase} step {self.step + 1}",
-                    "images": {name: list(m.image()) for name, m in self.matrices.items()},
-                    "vectors": [p.detach().cpu().clone() for p in self.vectors],
-                }
+            self._remember()
+
+    def _remember(self) -> None:
+        """Keep the quantized model that was just validated, if it is the best so far."""
+        if self.valid_nll < self.best_nll:
+            self.best_nll = self.valid_nll
+            self.best = {
+                "at": f"{self.phase} step {self.step + 1}",
+                "images": {name: list(m.image()) for name, m in self.matrices.items()},
+                "vectors": [p.detach().cpu().clone() for p in self.vectors],
+            }
 
     def _select(self) -> None:
-        """End on the best quantized model by validation (DESIGN 7: select on Q)."""
+        """End on the best quantized model by validation (DESIGN 7: select on Q); without one on the last Q."""
+        if not self.best and self.phase == "admm":
+            for m in self.matrices.values():
+                m.adopt(m.codes, m.scale)
         if self.best:
             for name, m in self.matrices.items():
                 m.adopt(*self.best["images"][name])

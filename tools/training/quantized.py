@@ -28,7 +28,8 @@ class QuantizedMatrix:
         dual: U, fp32 [N, K], while ADMM runs.
         latent: the hard phase's full-precision weights, a parameter of its optimiser.
         frozen: codes that no longer move, bool [N, K].
-        log_scale: the scale phase's parameter, ln(scale / scale at its start), fp32 [N, G].
+        log_scale: ln(scale / scale at the phase's start), fp32 [N, G]: the scale phase's parameter, and the hard
+            phase's where that learns scales.
     """
 
     def __init__(self, weight: torch.nn.Parameter, plan: MatrixPlan):
@@ -87,7 +88,7 @@ class QuantizedMatrix:
 
     # Hard phase
 
-    def start_hard(self) -> None:
+    def start_hard(self, learn_scales: bool = False) -> None:
         """From here on the model computes with Q, and the latent starts at the free weights."""
         self.latent = torch.nn.Parameter(self.weight.data.clone())
         self.stable = torch.zeros_like(self.codes)
@@ -95,6 +96,9 @@ class QuantizedMatrix:
         self._previous = self.codes
         self.dual = self.target = None
         self.load_quantized(refit=True)
+        if learn_scales:
+            self.first_scale = self.scale.clone()
+            self.log_scale = torch.nn.Parameter(torch.zeros_like(self.scale))
 
     def load_quantized(self, refit: bool) -> None:
         """weight <- Q(latent); ``refit`` re-solves the scales for the moved latent first, until codes are frozen.
@@ -107,6 +111,8 @@ class QuantizedMatrix:
         if refit and not self._any_frozen:
             _, scale = fit(latent, self.table, self.plan.group, start=self.scale, refine_only=True, iterations=_REFINE)
             self.scale = scale.float()
+        if self.log_scale is not None and not self._any_frozen:
+            self.scale = round_scale(self.first_scale * self.log_scale.data.exp())
         if self.table.affine is None:
             self.weight.data.copy_(self.levels[self._nearest().int()] * self.column_scale())
             return
@@ -125,10 +131,29 @@ class QuantizedMatrix:
     def _nearest(self) -> torch.Tensor:
         return nearest_codes(self.latent.data / self.column_scale(), self.table)
 
-    def pass_gradient(self) -> None:
-        """Straight through: the gradient at Q becomes the latent's, frozen codes aside."""
+    def pass_gradient(self, learn_scales: bool = False) -> None:
+        """Straight through: the gradient at Q becomes the latent's, frozen codes aside.
+
+        With ``learn_scales`` scales get theirs too, until codes are frozen: d Q / d ln s = Q - W where W lies in the
+        range of the levels, and Q beyond it (Esser et al. 2020, equation 3).
+        """
         grad = self.weight.grad
+        if learn_scales:
+            self.log_scale.grad = None if self._any_frozen else self._learned_scale_gradient(grad)
         self.latent.grad = grad.masked_fill_(self.frozen, 0) if self._any_frozen else grad
+
+    def _learned_scale_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        levels = self.table.levels
+        # The outermost levels round what lies up to half a step beyond them.
+        low, high = levels[0] - (levels[1] - levels[0]) / 2, levels[-1] + (levels[-1] - levels[-2]) / 2
+        columns, w, q = self.column_scale(), self.latent.data, self.weight.data
+        inside = (w >= low * columns) & (w <= high * columns)
+        return self._by_scale(grad * torch.where(inside, q - w, q))
+
+    def _by_scale(self, product: torch.Tensor) -> torch.Tensor:
+        """Sums of [N, K] over the weights that share a scale, [N, G]."""
+        padded = torch.nn.functional.pad(product, (0, -product.shape[1] % self.group))
+        return padded.view(len(product), -1, self.group).sum(2)
 
     _any_frozen = False
 
@@ -179,9 +204,7 @@ class QuantizedMatrix:
 
     def scale_gradient(self) -> None:
         """d loss / d ln(scale) = sum over the group of gradient * weight."""
-        product = self.weight.grad * self.weight.data
-        padded = torch.nn.functional.pad(product, (0, -product.shape[1] % self.group))
-        self.log_scale.grad = padded.view(len(product), -1, self.group).sum(2)
+        self.log_scale.grad = self._by_scale(self.weight.grad * self.weight.data)
 
     # Resume
 
