@@ -1,59 +1,92 @@
-"""`lowbit.linear` beside torch's fp32 linear, hot: pytest bench/test_linear.py --benchmark-enable -s
+"""`lowbit.linear` beside torch and ONNX Runtime: pytest bench --benchmark-enable [--quick]; `make bench` runs it.
 
-Each result is checked against the fp64 oracle before it is timed; the ratio compares minima of one run.
+Every result, ours and theirs, is checked against fp64 before it is timed. Timings are paired (timing.py); what
+pytest-benchmark measures of a cell is our time alone, for its own table and comparisons.
 """
 
 from __future__ import annotations
 
-import time
+from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
+from cases import COLD_BYTES, Cell, activations, check, copies, grid, matrix, variants
+from peers import COLD_PEERS, PEERS, Absent
+from timing import FULL, QUICK, compare, quartiles, ratios, repeats, rotate
 
-from lowbit import isa, linear
-from lowbit.ops import PackedWeight
-from lowbit.quantize import QuantTensor, table_tensor
-from lowbit.tables import find_table
-
-SHAPES = [(512, 512), (2048, 512), (512, 2048), (10000, 512), (1000, 777)]
-ROWS = [1, 8, 64]
+from lowbit import linear
+from lowbit.ops import available_isas, set_isa
 
 
-def minimum(f, seconds: float = 0.05, repeats: int = 5) -> float:
-    """Seconds a call, the least of several averages."""
-    f()
-    start = time.perf_counter()
-    f()
-    count = max(1, int(seconds / (time.perf_counter() - start + 1e-9)))
-    averages = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(count):
-            f()
-        averages.append((time.perf_counter() - start) / count)
-    return min(averages)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cell" in metafunc.fixturenames:
+        quick = metafunc.config.getoption("--quick")
+        cells = grid(quick) + variants(quick, available_isas())
+        metafunc.parametrize("cell", cells, ids=lambda c: c.id)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("n, k", SHAPES)
-@pytest.mark.parametrize("m", ROWS)
-def test_linear(benchmark, m: int, n: int, k: int, bits: int):
-    gen = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 2**bits, (n, k), generator=gen, dtype=torch.uint8)
-    scale = (torch.rand(n, 1, generator=gen) + 0.1).half()
-    table = find_table(bits)
-    q = QuantTensor(codes, table_tensor(table), scale, bits, k, table.name)
-    weight, x, w = PackedWeight.from_quant_tensor(q), torch.randn(m, k, generator=gen), q.dequantize()
+def peers_of(cell: Cell, w: torch.Tensor) -> tuple[dict[str, list], dict[str, str]]:
+    """Copies of every peer that can do the cell, checked; and why the others cannot."""
+    taking_part, absent = {}, {}
+    for name, kind in PEERS.items():
+        if cell.cold and name not in COLD_PEERS:
+            absent[name] = "measured hot only"
+            continue
+        try:
+            peer = peer_for(name, w, cell.bits)
+        except Absent as reason:
+            absent[name] = str(reason)
+            continue
+        error = peer.error(activations(cell))
+        assert error < kind.tolerance, f"{name}: wrong on {cell.id}: error {error:.3g}"
+        taking_part[name] = peer.copies(-(-COLD_BYTES // peer.nbytes)) if cell.cold else [peer]
+    return taking_part, absent
 
-    oracle = x.double() @ w.double().T
-    size = x.double().norm(dim=1, keepdim=True) * w.double().norm(dim=1)
-    assert float(((linear(x, weight).double() - oracle).abs() / size).max()) < 2e-2
-    assert float(((linear(x, weight, compute="exact").double() - oracle).abs() / size).max()) < 2e-5
 
-    benchmark(linear, x, weight)
-    if benchmark.enabled:
-        ours = minimum(lambda: linear(x, weight))
-        fp32 = minimum(lambda: torch.nn.functional.linear(x, w))
-        benchmark.extra_info.update(isa=isa(), kernel=weight.kernel_name(m), ratio_to_fp32=fp32 / ours)
-        bound = f"{n * k * bits / 8 / ours / 1e9:.1f} GB/s, {2 * m * n * k / ours / 1e12:.3f} TOP/s"
-        print(f"\n{weight.kernel_name(m)}: M {m} N {n} K {k}: {ours * 1e6:.1f} us, {bound}, {fp32 / ours:.1f}x fp32")
+_peers: dict = {}
+
+
+def peer_for(name: str, w: torch.Tensor, bits: int):
+    """A peer is kept as long as the matrix is the same."""
+    if _peers.get("of") is not w:
+        _peers.clear()
+        _peers["of"] = w
+    if name not in _peers:
+        _peers[name] = PEERS[name](w, bits)
+    return _peers[name]
+
+
+def measure(cell: Cell, quick: bool, benchmark) -> dict[str, Any]:
+    """What the record says of a cell; times in microseconds, ratios of theirs to ours as quartiles."""
+    weight, w = matrix(cell.n, cell.k, cell.bits, cell.group, cell.table)
+    x = activations(cell)
+    check(cell, weight, x, w)
+    weights = copies(weight) if cell.cold else [weight]
+    theirs, absent = peers_of(cell, w)
+    calls = {"lowbit": rotate([lambda w=w: linear(x, w, compute=cell.compute) for w in weights])}
+    calls |= {name: rotate([p.call(x) for p in those]) for name, those in theirs.items()}
+    times = compare(calls, QUICK if quick else FULL)
+    benchmark.pedantic(calls["lowbit"], rounds=3, iterations=repeats(calls["lowbit"], 0.001))
+    low, middle, high = (1e6 * t for t in quartiles(times["lowbit"]))
+    return {
+        "kernel": weight.kernel_name(cell.m, cell.compute), "nbytes": weight.nbytes, "copies": len(weights),
+        "us": middle, "us_low": low, "us_high": high, "rounds": len(times["lowbit"]), "absent": absent,
+        "peers": {
+            name: {"us": 1e6 * quartiles(times[name])[1], "ratio": ratios(times[name], times["lowbit"])}
+            for name in theirs
+        },
+    }  # fmt: skip
+
+
+def test_linear(benchmark, record, quick, cell):
+    if cell.id in record.done:
+        pytest.skip("measured before; delete the record to measure again")
+    set_isa(cell.isa)
+    try:
+        result = measure(cell, quick, benchmark)
+    finally:
+        set_isa(None)
+    what = asdict(cell) | {"isa": cell.isa or record.header["isa"]}
+    record.add(kind="cell", id=cell.id, operations=cell.operations, **what, **result)
+    benchmark.extra_info.update(us=result["us"], kernel=result["kernel"])
