@@ -291,8 +291,9 @@ def test_checkpoints_that_admm_cannot_start_from(trained, finished, tmp_path, ca
 @pytest.mark.parametrize(
     "more",
     [
-        ["--epochs", "-1"], ["--lr", "-1"], ["--lr-scales", "1", "0", "1"], ["--freeze-from", "0"], ["--phases", "0", "0", "0"],
-        ["--phases", "1", "-1", "1"], ["--distill", "1.5"], ["--duals", "0"], ["--kappa", "0.1", "0.01"],
+        ["--epochs", "-1"], ["--lr", "-1"], ["--lr-scales", "1", "0", "1"], ["--freeze-from", "0"],
+        ["--phases", "0", "0", "0"], ["--phases", "1", "-1", "1"], ["--distill", "1.5"], ["--duals", "0"],
+        ["--kappa", "0.1", "0.01"],
         ["--kappa", "0", "0.01"], ["--dropout-scale", "-1"], ["--out", "/no/such/folder/q.safetensors"],
         ["--epochs", "0"], ["--lr", "nan"], ["--dropout-scale", "20"], ["--epochs", "inf"], ["--seed", "-1"],
     ],
