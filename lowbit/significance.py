@@ -43,7 +43,7 @@ def bootstrap(
     gain = errors if other is None else errors - other
     count = len(ref_words)
     rates = np.empty(resamples)
-    rows = max(1, 2**22 // count)
+    rows = max(1, 2**20 // count)
     for start in range(0, resamples, rows):
         drawn = rng.integers(0, count, size=(min(rows, resamples - start), count))
         # A resample of empty references only has no rate; with any realistic corpus it never occurs.
