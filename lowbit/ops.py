@@ -11,9 +11,11 @@ Inputs of another float dtype are converted to fp32; the result is always fp32 a
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from lowbit import bitpack
+from lowbit import bitpack, pages
 from lowbit.errors import LowbitError
 from lowbit.quantize import QuantTensor, check_group, describe
 
@@ -25,8 +27,8 @@ except ImportError as error:
     ) from error
 
 COMPUTE = ("int8", "exact")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # subclasses go through the dispatcher
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_ALIGN = 64  # bytes; kAlign of csrc/layout.h
 
 
 def isa() -> str:
@@ -141,8 +143,8 @@ class PackedWeight:
             raise LowbitError("an 8-bit table must be level = code - 128")
         packed_rows, scale = packed_rows.contiguous(), scale.contiguous()
         span, blocks = _C.span_of(k, group), -(-n // 16)
-        tiles = torch.empty(blocks, -(-k // 64), 128 * bits, dtype=torch.uint8)
-        scales = torch.empty(blocks, -(-k // span), 16, dtype=torch.float16)
+        tiles = pages.empty(blocks, -(-k // 64), 128 * bits, dtype=torch.uint8)
+        scales = pages.empty(blocks, -(-k // span), 16, dtype=torch.float16)
         _C.prepack_tiles(packed_rows.data_ptr(), n, k, bits, tiles.data_ptr())
         _C.prepack_scales(scale.data_ptr(), n, k, group, span, scales.data_ptr())
         return cls(tiles, scales, table.clone(), (n, k), bits, group, span)
@@ -186,14 +188,14 @@ class PackedWeight:
         return out.view(*ids.shape, self.shape[1])
 
     def __deepcopy__(self, memo: dict) -> PackedWeight:
-        return self.__class__(
-            self.tiles.clone(), self.scales.clone(), self.table.clone(), self.shape, self.bits, self.group, self.span
-        )
+        tiles, scales = pages.copy(self.tiles), pages.copy(self.scales)
+        return self.__class__(tiles, scales, self.table.clone(), self.shape, self.bits, self.group, self.span)
 
     def __reduce__(self):
         return (
             self.__class__,
-            (self.tiles, self.scales, self.table, self.shape, self.bits, self.group, self.span),
+            # Clones: pickling a tensor writes its whole storage, here a chunk that many share (lowbit.pages).
+            (self.tiles.clone(), self.scales.clone(), self.table, self.shape, self.bits, self.group, self.span),
         )
 
     def __repr__(self) -> str:
@@ -225,7 +227,7 @@ def linear(
         raise LowbitError(f"compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
     n, k = weight.shape
     exact = compute == "exact"
-    if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+    if type(x) not in _PLAIN or torch.compiler.is_compiling():
         stored = (weight.tiles, weight.scales, weight.table)
         return torch.ops.lowbit.linear(x, *stored, bias, n, k, weight.bits, weight.span, exact)
     return _run(x, weight._native, n, k, bias, exact)
@@ -233,20 +235,16 @@ def linear(
 
 def _run(x: torch.Tensor, native, n: int, k: int, bias: torch.Tensor | None, exact: bool) -> torch.Tensor:
     """The checked call into the extension. x [..., K] -> fp32 [..., N]."""
-    shape = x.shape
-    if not shape or shape[-1] != k:
-        raise LowbitError(f"x {list(shape)} does not end in K = {k} of the weight [{n}, {k}]")
+    if not x.ndim or x.shape[-1] != k:
+        raise LowbitError(f"x {list(x.shape)} does not end in K = {k} of the weight [{n}, {k}]")
     if x.dtype is not torch.float32:
         if x.dtype not in _FLOATS:
             raise LowbitError(f"x must be a float tensor, not {x.dtype}")
         x = x.float()
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         raise LowbitError(f"x is on {x.device}; this weight is on the CPU")
-    y = torch.empty((*shape[:-1], n))
-    m = 1
-    for size in shape[:-1]:
-        m *= size
-    stride = k
+    *rows, _ = x.shape
+    y, stride = torch.empty((*rows, n)), k
     if not x.is_contiguous():
         if x.ndim == 2 and x.stride(1) == 1 and x.stride(0) >= k:
             stride = x.stride(0)
@@ -257,10 +255,12 @@ def _run(x: torch.Tensor, native, n: int, k: int, bias: torch.Tensor | None, exa
             raise LowbitError(f"bias {list(bias.shape)} does not fit the weight [{n}, {k}]")
         if bias.dtype is not torch.float32 or not bias.is_contiguous():
             bias = bias.float().contiguous()
-        if bias.device.type != "cpu":
+        if not bias.is_cpu:
             raise LowbitError(f"bias is on {bias.device}; this weight is on the CPU")
     try:
-        _C.linear(native, x.data_ptr(), m, stride, 0 if bias is None else bias.data_ptr(), y.data_ptr(), exact)
+        _C.linear(
+            native, x.data_ptr(), math.prod(rows), stride, 0 if bias is None else bias.data_ptr(), y.data_ptr(), exact
+        )
     except RuntimeError as error:  # a bad LOWBIT_ISA, found at the first call
         raise LowbitError(str(error)) from None
     return y
@@ -274,7 +274,7 @@ def _view(tiles, scales, table, n: int, k: int, bits: int, span: int):
     _expect("tiles", tiles, torch.uint8, (blocks, -(-k // 64), 128 * bits))
     _expect("scales", scales, torch.float16, (blocks, -(-k // span), 16))
     _expect("table", table, torch.int8, (2**bits,))
-    if tiles.data_ptr() % _ALIGN or scales.data_ptr() % _ALIGN:
+    if tiles.data_ptr() % pages.ALIGN or scales.data_ptr() % pages.ALIGN:
         raise LowbitError("tiles and scales of a packed weight must be 64-byte aligned")
     return _C.Matrix(tiles.data_ptr(), scales.data_ptr(), table.data_ptr(), n, k, bits, span)
 
@@ -294,7 +294,7 @@ def _expect(name: str, t: torch.Tensor, dtype: torch.dtype, shape: tuple[int | N
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:
     t = t.contiguous()
-    return t if t.data_ptr() % _ALIGN == 0 else t.clone()
+    return t if t.data_ptr() % pages.ALIGN == 0 else t.clone()
 
 
 # The same as a torch operator, for torch.compile and export. Library.define/impl rather than custom_op: the latter
