@@ -2,10 +2,13 @@
 #   PYTHON=python3.12 make demo     another interpreter
 #   PIP_ARGS="--proxy ..." make     more arguments for pip
 #   DEMO_ARGS="--restart" make demo arguments of `lowbit demo`
+#   REPORT_ARGS="--docs docs" make bench     also rewrite the measured section of docs/KERNELS.md
 
 VENV ?= .venv
 PIP_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
+REPORT_ARGS ?=
 TEST_ARGS ?=
 ifneq ($(origin PYTHON), undefined)
   CHOSEN := --chosen
@@ -33,9 +36,11 @@ demo: setup  ## train, quantize, pack, run and rescore: the main job in five min
 test: setup  ## the test suite
 	$(BIN)/pytest $(TEST_ARGS)
 
-bench: setup  ## the benchmarks; results as tables and in runs/bench
+bench: setup  ## the benchmarks in a quarter of an hour (BENCH_ARGS=--quick: two minutes); results in runs/bench
 	@mkdir -p runs/bench
-	$(BIN)/pytest bench --benchmark-enable --benchmark-only --benchmark-json runs/bench/pytest-benchmark.json
+	-@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt onnxruntime onnx
+	$(BIN)/pytest bench --benchmark-enable --benchmark-only --benchmark-json runs/bench/pytest-benchmark.json $(BENCH_ARGS)
+	$(BIN)/python bench/report.py runs/bench/kernels$(if $(findstring --quick,$(BENCH_ARGS)),-quick).jsonl $(REPORT_ARGS)
 	$(BIN)/python bench/train_step.py
 
 lint: setup  ## ruff and clang-format, changing nothing

@@ -43,6 +43,10 @@ class Cell:
         return "-".join(parts + [str(p) for p in more if p])
 
     @property
+    def plain(self) -> bool:
+        return (self.isa, self.group, self.table, self.compute) == (None, None, None, "int8")
+
+    @property
     def operations(self) -> int:
         return 2 * self.m * self.n * self.k
 
@@ -77,7 +81,7 @@ def variants(quick: bool, isas: list[str]) -> list[Cell]:
     return cells
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # a variant and its plain sibling
 def matrix(n: int, k: int, bits: int, group: int | None, table: str | None) -> tuple[PackedWeight, torch.Tensor]:
     """A random matrix, prepacked, and dequantized to fp32 [N, K]."""
     gen = torch.Generator().manual_seed(0)

@@ -172,5 +172,5 @@ PEERS = {
     "torch int4": Int4,
     "ONNX Runtime": OnnxRuntime,
 }
-# Whose copies are cheap to make, for cold measurements.
-COLD_PEERS = ("torch fp32", "torch bf16")
+# Those that stand beside cold measurements, their copies being cheap to make, and beside variants of our kernels.
+CHEAP_PEERS = ("torch fp32", "torch bf16")

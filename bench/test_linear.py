@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import COLD_BYTES, Cell, activations, check, copies, grid, matrix, variants
-from peers import COLD_PEERS, PEERS, Absent
+from peers import CHEAP_PEERS, PEERS, Absent
 from timing import FULL, QUICK, compare, quartiles, ratios, repeats, rotate
 
 from lowbit import linear
@@ -30,8 +30,8 @@ def peers_of(cell: Cell, w: torch.Tensor) -> tuple[dict[str, list], dict[str, st
     """Copies of every peer that can do the cell, checked; and why the others cannot."""
     taking_part, absent = {}, {}
     for name, kind in PEERS.items():
-        if cell.cold and name not in COLD_PEERS:
-            absent[name] = "measured hot only"
+        if name not in CHEAP_PEERS and (cell.cold or not cell.plain):
+            absent[name] = "measured hot only" if cell.cold else "measured beside the plain kernels only"
             continue
         try:
             peer = peer_for(name, w, cell.bits)
@@ -66,6 +66,10 @@ def measure(cell: Cell, quick: bool, benchmark) -> dict[str, Any]:
     theirs, absent = peers_of(cell, w)
     calls = {"lowbit": rotate([lambda w=w: linear(x, w, compute=cell.compute) for w in weights])}
     calls |= {name: rotate([p.call(x) for p in those]) for name, those in theirs.items()}
+    if cell.group or cell.table:
+        plain, _ = matrix(cell.n, cell.k, cell.bits, None, None)
+        theirs["lowbit plain"] = [plain]
+        calls["lowbit plain"] = lambda: linear(x, plain)
     times = compare(calls, QUICK if quick else FULL)
     benchmark.pedantic(calls["lowbit"], rounds=3, iterations=repeats(calls["lowbit"], 0.001))
     low, middle, high = (1e6 * t for t in quartiles(times["lowbit"]))

@@ -23,7 +23,7 @@ class Effort:
 FULL = Effort(sample=0.004, min_rounds=7, max_rounds=31, total=0.8)
 QUICK = Effort(sample=0.002, min_rounds=3, max_rounds=5, total=0.15)
 SETTLED = 0.02  # stop once the quartiles of the first candidate lie this close to its median
-REST = 0.002  # seconds before a sample: workers of the last candidate's pool stop spinning
+REST = 0.004  # seconds before a sample: workers of the last candidate's pool stop spinning
 
 
 def rotate(calls: Sequence[Call]) -> Call:

@@ -1,0 +1,122 @@
+"""bench/report.py and bench/ceilings.py on a made-up record: rates, bounds, the acceptance table, the files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lowbit.errors import LowbitError
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+report, timing, ceilings = load("report"), load("timing"), load("ceilings")
+
+RUN = {"kind": "run", "processor": "P", "isa": "amx", "threads": 2, "torch": "2", "onnxruntime": None, "quick": True}
+PROBE = {
+    "kind": "probe",
+    "read": {"1048576": 100e9, "1073741824": 10e9},
+    "peak": {"threads": 2, "amx": 10e12, "vnni": 1e12},
+}
+
+
+def cell(n=4096, k=4096, bits=4, m=1, us=1000.0, cold=False, fp32=8.0, **more) -> dict:
+    return {
+        "kind": "cell", "id": f"{n}-{k}-{bits}-{m}-{cold}-{more}", "n": n, "k": k, "bits": bits, "m": m, "cold": cold,
+        "isa": "amx", "group": None, "table": None, "compute": "int8", "kernel": "x", "us": us, "us_low": 0.9 * us,
+        "us_high": 1.1 * us, "rounds": 7, "nbytes": n * k * bits // 8, "operations": 2 * m * n * k,
+        "copies": 100 if cold else 1, "absent": {"ONNX Runtime": "not installed"},
+        "peers": {"torch fp32": {"us": fp32 * us, "ratio": [fp32 - 1, fp32, fp32 + 1]}}, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_record(*rows: dict) -> Path:
+        path = tmp_path / "kernels.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write_record
+
+
+def test_rates_and_bounds(write):
+    memory, arithmetic = report.load(write(RUN, PROBE, cell(cold=True), cell(m=256)))["cells"]
+    # 8 MiB at 10 GB/s (the set of 100 copies is DRAM's) take 0.84 ms, x and y a little more.
+    assert memory["bound"] == "read" and memory["percent"] == pytest.approx(84.2, abs=0.1)
+    assert memory["gbps"] == pytest.approx(8.39, abs=0.01) and memory["spread"] == pytest.approx(20)
+    # 8.6 G multiply-adds' worth of operations at 10 TOP/s.
+    assert arithmetic["bound"] == "amx" and arithmetic["percent"] == pytest.approx(85.9, abs=0.1)
+
+
+def test_a_ceiling_is_the_best_of_all_probes(write):
+    better = {**PROBE, "read": {"1048576": 50e9, "1073741824": 20e9}}
+    assert report.load(write(RUN, PROBE, better))["ceilings"]["read"] == {1 << 20: 100e9, 1 << 30: 20e9}
+
+
+def test_a_missing_peak_leaves_the_memory_bound():
+    limits = ceilings.Ceilings({1 << 20: 1e9}, {}, 1)
+    assert limits.bound(1e6, 1e15, 1e6, "amx") == ceilings.Bound(1e-3, "read")
+
+
+def test_acceptance_says_what_holds_what_fails_and_what_is_missing(write):
+    costs = [{"kind": "cost", "id": "overhead", "us": 5.0}]
+    rows = report.sibling("acceptance").rows(report.load(write(RUN, PROBE, cell(cold=True), *costs)))
+    verdict = {row[0]: row[2:] for row in rows}
+    assert verdict["GEMV 4096 x 4096 cold, 4 bits: share of read bandwidth"] == ["84.2 %", "no"]
+    assert verdict["GEMV 4096 x 4096 cold, 4 bits: over torch fp32"] == ["8 times", "yes"]
+    assert verdict["GEMV 4096 x 4096 cold, 1 bits: over torch fp32"] == ["not measured", ""]
+    assert verdict["call overhead over the native kernel"] == ["5.00 us", "no"]
+
+
+def test_documents(write, tmp_path, capsys):
+    docs = tmp_path / "docs"
+    (docs / "results").mkdir(parents=True)
+    (docs / "KERNELS.md").write_text("before\n<!-- begin measured -->\nstale\n<!-- end measured -->\nafter\n")
+    path = write(RUN, PROBE, cell(), cell(m=256), cell(cold=True))
+    assert report.main([str(path), "--docs", str(docs)]) == 0
+    text = (docs / "KERNELS.md").read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "stale" not in text and "4096 x 4096" in text
+    assert len(json.loads((docs / "results" / "kernels.json").read_text())["cells"]) == 3
+    assert (docs / "results" / "kernels.png").stat().st_size > 1000
+    assert (docs / "results" / "kernels.md").read_text().count("\n| 4096 x 4096") == 3
+    assert "torch fp32" in capsys.readouterr().out
+
+
+def test_what_is_no_record_is_named(tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    path.write_text("{}\n")
+    with pytest.raises(LowbitError, match=r"x\.jsonl: not a record of make bench"):
+        report.load(path)
+    path.write_text("{\n")
+    assert report.main([str(path)]) == 2
+    assert "not a record of make bench" in capsys.readouterr().err
+
+
+def test_candidates_take_turns_in_alternating_order():
+    calls = []
+    effort = timing.Effort(sample=0, min_rounds=3, max_rounds=3, total=10)
+    times = timing.compare({name: lambda name=name: calls.append(name) for name in "ab"}, effort)
+    assert "".join(calls[4:]) == "aabb" + "bbaa" + "aabb"  # after two calls of each to count; one to warm, one timed
+    assert [len(t) for t in times.values()] == [3, 3]
+
+
+def test_rotation_returns_to_the_first():
+    seen = []
+    call = timing.rotate([lambda i=i: seen.append(i) for i in range(3)])
+    for _ in range(7):
+        call()
+    assert seen == [1, 2, 0, 1, 2, 0, 1]
+    assert timing.ratios([2.0, 4.0], [1.0, 1.0])[1] == 3.0
