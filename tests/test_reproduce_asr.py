@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,9 +90,10 @@ def arguments(corpus: Path, name: str, out: Path, given: dict[str, str]) -> list
 
 
 @pytest.mark.parametrize("name", ["atis", "l2"])
-def test_rescoring_with_given_models(corpus, given, tmp_path, capsys, name):
+def test_rescoring_with_given_models(corpus, given, tmp_path, capsys, monkeypatch, name):
     pytest.importorskip("kenlm", reason="kenlm is not installed (pip install lowbit[ngram])")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install lowbit[plot])")
+    monkeypatch.setitem(RECIPES, "l2", replace(RECIPES["l2"], folds=3))
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "RESULTS.md").write_text("# Results\n")
