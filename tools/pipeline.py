@@ -20,6 +20,8 @@ import xxhash
 from lowbit.files import read_json, write_json
 from lowbit.tools import cli
 
+_RESUMABLE = ("train", "sensitivity", "nas", "admm")  # stages with a state of their own, and so with --restart
+
 
 class Pipeline:
     """Stages that work in one folder.
@@ -51,7 +53,7 @@ class Pipeline:
             LowbitError: the stage's own.
         """
         command = f"lowbit {stage} {' '.join(argv)}"
-        arguments = [*argv, "--restart"] if self.restart and stage in ("train", "admm") else list(argv)
+        arguments = [*argv, "--restart"] if self.restart and stage in _RESUMABLE else list(argv)
 
         def work() -> dict[str, Any]:
             module = importlib.import_module(f"lowbit.tools.{stage}")

@@ -27,16 +27,19 @@ COLUMNS = (
 )
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+Columns = Sequence[tuple[str, str, str]]
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Columns = COLUMNS) -> list[list[str]]:
     """Header and cells; an absent value is an en dash."""
-    columns = [c for c in COLUMNS if any(c[1] in row for row in rows)]
+    columns = [c for c in columns if any(c[1] in row for row in rows)]
     cells = [[f.format(row[key]) if row.get(key) is not None else "–" for _, key, f in columns] for row in rows]
     return [[heading for heading, _, _ in columns], *cells]
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(rows: Sequence[dict[str, Any]], columns: Columns = COLUMNS) -> str:
     """The table, with the first-pass and oracle WER and the tests against them below it."""
-    header, *body = table(rows)
+    header, *body = table(rows, columns)
     align = ["---"] + ["---:"] * (len(header) - 1)
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, align, *body)]
     if "test_first_pass_wer" in rows[0]:

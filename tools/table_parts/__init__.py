@@ -1,0 +1,1 @@
+"""The table of `lowbit reproduce --config small|paper`: its rows, statistics, pictures and costs."""
