@@ -43,9 +43,7 @@ class Lattice:
     finals: dict[int, Costs] = field(default_factory=dict)
 
 
-def read_lattices(
-    path: PathLike, paths: int = 100, acoustic_scale: float = 0.1, words: PathLike | None = None
-) -> Iterator[tuple[str, NBest]]:
+def read_lattices(path: PathLike, paths: int = 100, acoustic_scale: float = 0.1) -> Iterator[tuple[str, NBest]]:
     """Place in the file, and the best distinct word sequences of every lattice of a text archive.
 
     Hypotheses have ``am`` and ``lm``, minus the acoustic and the graph cost, both unscaled.
@@ -53,33 +51,20 @@ def read_lattices(
     Args:
         paths: most hypotheses of a list; bounds its memory.
         acoustic_scale: of the acoustic cost, where the best sequences are found.
-        words: symbol table ("WORD NUMBER" a line) where the lattice holds numbers.
 
     Raises:
-        LowbitError: names file, line and utterance: no lattice, a cycle, no path to a final state, an unknown number.
+        LowbitError: names file, line and utterance: no lattice, a cycle, no path to a final state.
     """
     if paths < 1 or not (0 < acoustic_scale < math.inf):
         raise LowbitError(f"lattice: paths {paths} must be at least 1, acoustic scale {acoustic_scale} positive")
-    symbols = None if words is None else read_symbols(words)
-    for line, name, lattice in _blocks(path, symbols):
+    for line, name, lattice in _blocks(path):
         where = f"{path}: line {line}"
         found = best_sequences(lattice, paths, acoustic_scale, f"{where}: utterance {name!r}")
         hyps = [{"text": " ".join(text), "am": -acoustic, "lm": -graph} for text, graph, acoustic in found]
         yield f"line {line}", NBest.from_dict({"id": name, "hyps": hyps}, where)
 
 
-def read_symbols(path: PathLike) -> dict[str, str]:
-    """Number -> word of a Kaldi symbol table."""
-    table: dict[str, str] = {}
-    for number, line in numbered_lines(path):
-        parts = line.split()
-        if len(parts) != 2 or not parts[1].isdecimal():
-            raise LowbitError(f"{path}: line {number}: expected a word and its number")
-        table[parts[1]] = parts[0]
-    return table
-
-
-def _blocks(path: PathLike, symbols: dict[str, str] | None) -> Iterator[tuple[int, str, Lattice]]:
+def _blocks(path: PathLike) -> Iterator[tuple[int, str, Lattice]]:
     """Line, utterance and lattice of every block of an archive."""
     lattice: Lattice | None = None
     name, first = "", 0
@@ -93,7 +78,7 @@ def _blocks(path: PathLike, symbols: dict[str, str] | None) -> Iterator[tuple[in
                 raise LowbitError(f"{path}: line {number}: expected the name of an utterance alone, found {line!r}")
             lattice, name, first = Lattice(-1), parts[0], number
         elif parts:
-            _add_line(lattice, parts, where, symbols)
+            _add_line(lattice, parts, where)
         else:
             yield first, name, lattice
             lattice = None
@@ -101,25 +86,20 @@ def _blocks(path: PathLike, symbols: dict[str, str] | None) -> Iterator[tuple[in
         yield first, name, lattice
 
 
-def _add_line(lattice: Lattice, parts: list[str], where: str, symbols: dict[str, str] | None) -> None:
-    """An arc (3 to 5 fields) or a final state (1 or 2)."""
+def _add_line(lattice: Lattice, parts: list[str], where: str) -> None:
+    """An arc (3 to 5 fields) or a final state (1 or 2); a weight may be left out where it is 0,0."""
     if len(parts) > 5:
         raise LowbitError(f"{where}: {len(parts)} fields are no arc and no final state")
-    costs = (0.0, 0.0)
-    if len(parts) in (2, 4, 5):
-        costs = _costs(parts[-1], where)
+    weighted = len(parts) in (2, 5) or (len(parts) == 4 and "," in parts[3])
+    costs = _costs(parts.pop(), where) if weighted else (0.0, 0.0)
     state = _state(parts[0], where)
     if lattice.start < 0:
         lattice.start = state
-    if len(parts) <= 2:
+    if len(parts) == 1:
         lattice.finals[state] = costs
         return
-    label = parts[3] if len(parts) == 5 else parts[2]
-    if symbols is not None and label not in EPSILON:
-        if label not in symbols:
-            raise LowbitError(f"{where}: the symbol table has no number {label!r}")
-        label = symbols[label]
-    word = None if label in EPSILON else label
+    # The last label is the word: an arc of a compact lattice has one, of another an input label before it.
+    word = None if parts[-1] in EPSILON else parts[-1]
     lattice.arcs.setdefault(state, []).append((_state(parts[1], where), word, *costs))
 
 

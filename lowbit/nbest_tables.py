@@ -69,6 +69,34 @@ def with_references(lists: Iterable[NBest], path: PathLike) -> Iterator[NBest]:
         yield replace(utterance, ref=table.get(utterance.id))
 
 
+def read_symbols(path: PathLike) -> dict[str, str]:
+    """Number -> word of a Kaldi symbol table."""
+    table: dict[str, str] = {}
+    for number, line in numbered_lines(path):
+        parts = line.split()
+        if len(parts) != 2 or not parts[1].isdecimal():
+            raise LowbitError(f"{path}: line {number}: expected a word and its number")
+        table[parts[1]] = parts[0]
+    return table
+
+
+def with_symbols(lists: Iterable[NBest], path: PathLike) -> Iterator[NBest]:
+    """Lists whose words are numbers, as Kaldi's programs write them, with the words of a symbol table.
+
+    Raises:
+        LowbitError: a number that the table lacks.
+    """
+    table = read_symbols(path)
+    for utterance in lists:
+        hyps = []
+        for hyp in utterance.hyps:
+            words = hyp.text.split()
+            if unknown := [w for w in words if w not in table]:
+                raise LowbitError(f"{path}: no number {unknown[0]!r}, which utterance {utterance.id!r} holds")
+            hyps.append(replace(hyp, text=" ".join(table[w] for w in words)))
+        yield replace(utterance, hyps=hyps)
+
+
 def read_kaldi(path: PathLike) -> Iterator[Place]:
     """A Kaldi n-best directory; its files are read side by side."""
     folder = Path(path)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
-from lowbit.lattice import Lattice, best_sequences, read_lattices, read_symbols
+from lowbit.lattice import Lattice, best_sequences, read_lattices
 
 COMPACT = """u1 
 0 1 a 1.5,10.0,3_4
@@ -84,24 +84,11 @@ def test_both_forms_of_the_text(tmp_path):
     assert [h.text for h in cheap.hyps] == ["b", "b c"]
 
 
-def test_symbol_table(tmp_path):
-    (tmp_path / "words.txt").write_text("<eps> 0\nhello 7\n")
-    (tmp_path / "lat.txt").write_text("u\n0 1 7 0,1,\n1 2 0 0,1,\n2\n")
-    ((_, utterance),) = read_lattices(tmp_path / "lat.txt", words=tmp_path / "words.txt")
-    assert utterance.hyps[0].text == "hello" and utterance.hyps[0].am == -2.0
-    (tmp_path / "lat.txt").write_text("u\n0 1 8 0,1,\n1\n")
-    with pytest.raises(LowbitError, match="line 2: utterance 'u': the symbol table has no number '8'"):
-        list(read_lattices(tmp_path / "lat.txt", words=tmp_path / "words.txt"))
-    (tmp_path / "words.txt").write_text("hello\n")
-    with pytest.raises(LowbitError, match="line 1: expected a word and its number"):
-        read_symbols(tmp_path / "words.txt")
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("u1 x\n", "line 1: expected the name of an utterance alone"),
-        ("u\n0 1 a 1\n1\n", "line 2: utterance 'u': '1' is not a weight"),
+        ("u\n0 1 2 a 1\n1\n", "line 2: utterance 'u': '1' is not a weight"),
         ("u\n0 1 a 1,x\n1\n", "'1,x' is not a weight"),
         ("u\n0 1 a 1,nan\n1\n", "the weight '1,nan' is not finite"),
         ("u\n0 b a 1,2\n1\n", "'b' is not the number of a state"),
@@ -117,6 +104,13 @@ def test_bad_lattices(tmp_path, text, message):
     with pytest.raises(LowbitError) as error:
         list(read_lattices(path))
     assert message in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("arc", ["0 1 x", "0 1 7 x", "0 1 x 0,0,", "0 1 7 x 0,0"])
+def test_weights_of_zero_may_be_left_out(tmp_path, arc):
+    (tmp_path / "lat.txt").write_text(f"u\n{arc}\n1\n")
+    ((_, utterance),) = read_lattices(tmp_path / "lat.txt")
+    assert utterance.hyps[0].text == "x" and utterance.hyps[0].am == 0
 
 
 def test_a_lattice_of_many_paths_stays_small():

@@ -13,6 +13,7 @@ import pytest
 from lowbit import nbest, nbest_json
 from lowbit.errors import LowbitError
 from lowbit.nbest import FORMATS, Hypothesis, NBest, find_format, read_nbest, write_nbest
+from lowbit.nbest_tables import with_symbols
 
 LISTS = [
     NBest("u-1", [Hypothesis("a b", -1.5, -2.25), Hypothesis("a", -2.0, -1.0)], "a b", {"spk": "s", "duration": 1.5}),
@@ -68,6 +69,18 @@ def test_bad_kaldi_directories(tmp_path, files, message):
     with pytest.raises(LowbitError) as error:
         list(read_nbest(tmp_path))
     assert message in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_symbol_table(tmp_path):
+    (tmp_path / "words.txt").write_text("<eps> 0\nhello 7\nworld 8\n")
+    lists = [NBest("u", [Hypothesis("7 8", -1.0), Hypothesis("8", -2.0)])]
+    (named,) = with_symbols(lists, tmp_path / "words.txt")
+    assert [(h.text, h.am) for h in named.hyps] == [("hello world", -1.0), ("world", -2.0)]
+    with pytest.raises(LowbitError, match=r"words\.txt: no number '9', which utterance 'u' holds"):
+        list(with_symbols([NBest("u", [Hypothesis("7 9")])], tmp_path / "words.txt"))
+    (tmp_path / "words.txt").write_text("hello\n")
+    with pytest.raises(LowbitError, match="line 1: expected a word and its number"):
+        list(with_symbols(lists, tmp_path / "words.txt"))
 
 
 def test_mlm_scoring_as_published(tmp_path):

@@ -38,7 +38,7 @@ def add_list_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--paths", type=int, default=100, metavar="N", help="best paths of a lattice (default 100)")
     p.add_argument("--acoustic-scale", type=float, default=0.1, metavar="S",
                    help="of a lattice's acoustic costs, where its best paths are found (default 0.1)")  # fmt: skip
-    p.add_argument("--words", metavar="words.txt", help="symbol table of a lattice whose words are numbers")
+    p.add_argument("--words", metavar="words.txt", help="symbol table of lists and lattices whose words are numbers")
 
 
 def read_lists(args: argparse.Namespace, path: str) -> Iterator[NBest]:
@@ -47,11 +47,12 @@ def read_lists(args: argparse.Namespace, path: str) -> Iterator[NBest]:
 
     from lowbit.lattice import read_lattices
     from lowbit.nbest import checked, read_nbest
-    from lowbit.nbest_tables import with_references
+    from lowbit.nbest_tables import with_references, with_symbols
 
     if args.format == "lattice":
-        options = {"paths": args.paths, "acoustic_scale": args.acoustic_scale, "words": args.words}
-        lists = checked(partial(read_lattices, **options), path)
+        reader = partial(read_lattices, paths=args.paths, acoustic_scale=args.acoustic_scale)
+        lists = checked(reader, path)
     else:
         lists = read_nbest(path, args.format)
+    lists = with_symbols(lists, args.words) if args.words else lists
     return with_references(lists, args.refs) if args.refs else lists
