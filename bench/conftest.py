@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lowbit
-from lowbit import _C
+from lowbit import _C, tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE_SECONDS = {True: 0.02, False: 0.1}  # a figure; by --quick
@@ -25,15 +25,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lowbit")
     group.addoption("--quick", action="store_true", help="a subset of the kernel benchmarks, in two minutes")
     group.addoption("--record", default=str(ROOT / "runs" / "bench"), help="folder of the results")
-
-
-def processor() -> str:
-    """The name that /proc/cpuinfo or the platform gives."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def version_of(name: str) -> str | None:
@@ -50,16 +41,17 @@ class Record:
         self.path = path
         self.header = {
             "kind": "run", "extension": hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()[:16],
-            "processor": processor(), "isa": lowbit.isa(), "isas": _C.available_isas(),
+            "processor": tuning.processor(), "isa": lowbit.isa(), "isas": _C.available_isas(),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "onnxruntime": version_of("onnxruntime"),
             "python": platform.python_version(), "quick": quick,
         }  # fmt: skip
         lines = path.read_text().splitlines() if path.exists() else []
-        if not lines or json.loads(lines[0]) != self.header:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.header) + "\n")
-            lines = []
-        self.done = {json.loads(line).get("id") for line in lines[1:] if line.endswith("}")}
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may have been cut off
+        if not rows or rows[0] != self.header:
+            rows = [self.header]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.done = {row.get("id") for row in rows}
 
     def add(self, **fields: Any) -> None:
         with open(self.path, "a") as stream:

@@ -23,8 +23,8 @@ HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
 METHOD = (
     "Percentages are of the roofline of the same run: the least time in which the bytes of weights, activations and "
-    "outputs can be read (at the bandwidth measured for that working set) or the multiply-adds done (at the peak of the "
-    "instruction set), whichever takes longer. Ratios are their time over ours, medians of paired rounds."
+    "outputs can be read (at the bandwidth measured for that working set) or the multiply-adds done (at the peak of "
+    "the instruction set), whichever takes longer. Ratios are their time over ours, medians of paired rounds."
 )
 
 
@@ -69,6 +69,15 @@ def evaluate(cell: Row, ceilings: Any) -> Row:
         "bound": bound.by, "percent": 100 * bound.seconds / seconds,
         "spread": 100 * (cell["us_high"] - cell["us_low"]) / cell["us"],
     }  # fmt: skip
+
+
+NOISY = 20  # percent between the quartiles
+
+
+def noise(cells: Sequence[Row]) -> str:
+    """How quiet the machine was: a sentence."""
+    noisy = sum(c["spread"] > NOISY for c in cells)
+    return f"In {noisy} of {len(cells)} cells the quartiles of our time lie more than {NOISY} % apart."
 
 
 def peer_names(cells: Sequence[Row]) -> list[str]:
@@ -118,7 +127,8 @@ def section(data: dict[str, Any]) -> str:
     subset = " A quick subset." if run["quick"] else ""
     return (
         f"`make bench` on {run['processor']}, {run['threads']} threads, {run['isa']}; torch {run['torch']}, "
-        f"ONNX Runtime {run['onnxruntime'] or 'absent'}.{subset} {METHOD}\n\n"
+        f"ONNX Runtime {run['onnxruntime'] or 'absent'}.{subset} {METHOD} "
+        f"{noise(cells)}\n\n"
         f"Ceilings, both cores: reads {bandwidths}; TOP/s {peaks}.\n\n"
         "### What was asked\n\n" + markdown(sibling("acceptance").rows(data)) + "\n### Decoding, M = 1\n\n"
         + markdown(table([c for c in plain if c["m"] == 1])) + "\n### Rescoring, M = 256\n\n"
@@ -181,7 +191,9 @@ def write(data: dict[str, Any], args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(cli.finite(data), indent=1, allow_nan=False))
     else:
-        print(markdown(table(data["cells"])) + "\n" + markdown(sibling("acceptance").rows(data)))
+        print(
+            markdown(table(data["cells"])), markdown(sibling("acceptance").rows(data)), noise(data["cells"]), sep="\n"
+        )
     if args.docs:
         docs = Path(args.docs)
         write_json(docs / "results" / "kernels.json", cli.finite(data))

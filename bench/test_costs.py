@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from timing import FULL, QUICK, compare, quartiles
 
 from lowbit import _C, bitpack, linear
 from lowbit.ops import PackedWeight
+from lowbit.tools.timing import FULL, QUICK, compare, quartiles
 
 MATRICES, SIZE, BITS = 8, 4096, 4  # 134 M weights
 

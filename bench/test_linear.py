@@ -13,10 +13,10 @@ import pytest
 import torch
 from cases import COLD_BYTES, Cell, activations, check, copies, grid, matrix, variants
 from peers import CHEAP_PEERS, PEERS, Absent
-from timing import FULL, QUICK, compare, quartiles, ratios, repeats, rotate
 
 from lowbit import linear
 from lowbit.ops import available_isas, set_isa
+from lowbit.tools.timing import FULL, QUICK, compare, quartiles, ratios, repeats, rotate
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from lowbit import bitpack, pages
+from lowbit import bitpack, pages, tuning
 from lowbit.errors import LowbitError
 from lowbit.quantize import QuantTensor, check_group, describe
 
@@ -268,6 +268,7 @@ def _run(x: torch.Tensor, native, n: int, k: int, bias: torch.Tensor | None, exa
 
 def _view(tiles, scales, table, n: int, k: int, bits: int, span: int):
     """The extension's view of three checked tensors; valid as long as they are."""
+    tuning.apply_once(_C)
     if bits not in (1, 2, 4, 8) or n < 0 or k <= 0 or span <= 0 or (span < k and span % 64):
         raise LowbitError(f"no packed weight has {bits} bits, shape [{n}, {k}] and span {span}")
     blocks = -(-n // 16)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["errors"], ["files"], ["streams"], ["tables"], ["bitpack"], ["quantize"], ["config"], ["plan"], ["vocab"],
     ["container_checks"], ["container_header"], ["container"],
-    ["kernels", "_C", "pages"], ["ops"], ["layers"], ["model"], ["checkpoint"], ["loading"],
+    ["tuning"], ["kernels", "_C", "pages"], ["ops"], ["layers"], ["model"], ["checkpoint"], ["loading"],
     ["forest"], ["backend"], ["native"], ["state"], ["engine"],
     ["align"], ["normalize"], ["wer"], ["significance"], ["nbest_record"], ["nbest_json", "nbest_tables", "lattice"],
     ["nbest"], ["transcripts"], ["tune"], ["ngram"], ["weights"], ["rescore"], ["tune_weights"], ["ctc"],
