@@ -17,6 +17,8 @@ from lowbit.weights import Weights
 from lowbit.wer import distances
 
 DEFAULT = Weights(0.0)
+SIGNED = ("length_bonus", "unknown_weight")  # the other weights are never negative
+HOLDABLE = (*SIGNED, "first_lm_weight")
 
 
 def score_development(
@@ -53,6 +55,7 @@ def tune_weights(
     where: str = "N-best list",
     fixed: Weights = DEFAULT,
     seed: int = 0,
+    hold: Sequence[str] = (),
 ) -> Weights:
     """The weights with the fewest word errors that the search finds (:mod:`lowbit.tune`), relative to the acoustic one.
 
@@ -63,47 +66,51 @@ def tune_weights(
         development, first_pass: of :func:`score_development`.
         where: the list's name, for the weights file.
         fixed: what is not tuned: interpolation and average_am.
+        hold: weights of ``HOLDABLE`` that stay 0.
     """
-    both = scorer.lm is not None and scorer.ngram is not None
     if fixed.average_am and first_pass == "rank":
         raise LowbitError(f"{where}: average_am is of am scores, and the list has none")
-    if both and fixed.interpolation == "linear":
-        share = best_mixture(*score_references(scorer, [s.utterance.ref for s in development]))
-        fixed = replace(fixed, interpolation_weight=share)
-    elif not both:
-        fixed = replace(fixed, interpolation_weight=0.0 if scorer.lm is None else 1.0, interpolation="log")
-    split = both and fixed.interpolation == "log"
-    with_first_lm = all(s.first_lm is not None for s in development)
-
-    def features(scored: Scored) -> np.ndarray:
-        models = [scored.lm.logprobs, scored.ngram.logprobs] if split else [scored.language_score(fixed)]
-        rest = [scored.words.astype(np.float64), scored.oov.astype(np.float64)]
-        rest += [scored.first_lm] if with_first_lm else []
-        return np.stack(models + rest)
-
+    fixed = _with_mixture(scorer, development, fixed)
+    columns = {name: c for name, c in _columns(scorer, development, fixed).items() if name not in hold}
     surface = ErrorSurface(
         [s.first_pass(fixed) for s in development],
-        [features(s) for s in development],
+        [np.stack([c(s) for c in columns.values()]) for s in development],
         [distances(s.utterance.ref, [h.text for h in s.utterance.hyps]) for s in development],
     )
-    lower = [0.0] * (1 + split) + [-math.inf] * 2 + [0.0] * with_first_lm
-    best = tune(surface, lower, seed=seed)
-    lm_weight = float(best[: 1 + split].sum())
-    if split:
-        fixed = replace(fixed, interpolation_weight=float(best[0]) / lm_weight if lm_weight else 1.0)
+    found = tune(surface, [-math.inf if name in SIGNED else 0.0 for name in columns], seed=seed)
+    best = dict(zip(columns, found.tolist()))
+    lm_weight = best.pop("lm") + best.get("ngram", 0.0)
+    if "ngram" in best:
+        fixed = replace(fixed, interpolation_weight=1 - best.pop("ngram") / lm_weight if lm_weight else 1.0)
     ref_words = sum(len(s.utterance.ref.split()) for s in development)
     tuned_on = {"list": where, **scorer.describe(), "utterances": len(development), "seed": seed}
-    tuned_on |= {f"{name}_wer": 100 * surface.count(w) / ref_words
-                 for name, w in (("first_pass", np.zeros(len(best))), ("rescored", best))}  # fmt: skip
-    return replace(
-        fixed,
-        lm_weight=lm_weight,
-        length_bonus=float(best[1 + split]),
-        unknown_weight=float(best[2 + split]),
-        first_lm_weight=float(best[3 + split]) if with_first_lm else 0.0,
-        first_pass=first_pass,
-        tuned_on=tuned_on,
-    )
+    for name, weights in (("first_pass", np.zeros(len(found))), ("rescored", found)):
+        tuned_on[f"{name}_wer"] = 100 * surface.count(weights) / ref_words
+    return replace(fixed, lm_weight=lm_weight, first_pass=first_pass, tuned_on=tuned_on, **best)
+
+
+def _with_mixture(scorer: Scorer, development: Sequence[Scored], fixed: Weights) -> Weights:
+    """The interpolation weight where it is not searched: of a linear interpolation, and of one model alone."""
+    if scorer.lm is None or scorer.ngram is None:
+        return replace(fixed, interpolation_weight=0.0 if scorer.lm is None else 1.0, interpolation="log")
+    if fixed.interpolation == "log":
+        return fixed
+    share = best_mixture(*score_references(scorer, [s.utterance.ref for s in development]))
+    return replace(fixed, interpolation_weight=share)
+
+
+def _columns(
+    scorer: Scorer, development: Sequence[Scored], fixed: Weights
+) -> dict[str, Callable[[Scored], np.ndarray]]:
+    """What is weighed, each as a function from a list to fp64 [H]; "lm" and "ngram" make up the language score."""
+    columns: dict[str, Callable[[Scored], np.ndarray]] = {"lm": lambda s: s.language_score(fixed)}
+    if scorer.lm is not None and scorer.ngram is not None and fixed.interpolation == "log":
+        columns = {"lm": lambda s: s.lm.logprobs, "ngram": lambda s: s.ngram.logprobs}
+    columns |= {"length_bonus": lambda s: s.words.astype(np.float64)}
+    columns |= {"unknown_weight": lambda s: s.oov.astype(np.float64)}
+    if all(s.first_lm is not None for s in development):
+        columns |= {"first_lm_weight": lambda s: s.first_lm}
+    return columns
 
 
 def best_mixture(a: np.ndarray, b: np.ndarray, rounds: int = 200, tolerance: float = 1e-9) -> float:
@@ -157,6 +164,7 @@ def cross_validate(
     fixed: Weights = DEFAULT,
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
+    hold: Sequence[str] = (),
 ) -> tuple[list[NBest], RescoringReport, list[Weights]]:
     """Every fold rescored by the weights tuned on all the others.
 
@@ -166,7 +174,7 @@ def cross_validate(
     weights = []
     for k in range(fold.max() + 1):
         others = [s for s, f in zip(development, fold) if f != k]
-        weights.append(tune_weights(scorer, others, first_pass, where, fixed, seed))
+        weights.append(tune_weights(scorer, others, first_pass, where, fixed, seed, hold))
         progress()
     report = RescoringReport(first_pass=first_pass)
     return [reordered(s, weights[f], report) for s, f in zip(development, fold)], report, weights

@@ -101,8 +101,8 @@ def test_rescoring_with_given_models(corpus, given, tmp_path, capsys, monkeypatc
     assert reproduce_asr.main(command) == 0
     result = json.loads((docs / "results" / f"asr-{name}.json").read_text())
     rows = {row["key"]: row for row in result["rows"]}
-    assert list(rows) == ["first", "ngram", "shallow", "fp32", "mixed", "fp32+ngram", "mixed+ngram"]
-    assert set(rows["mixed"]["against"]) == {"first", "fp32", "shallow"}
+    assert list(rows) == ["first", "ngram", "shallow", "fp32", "mixed", "mixed-unk", "fp32+ngram", "mixed+ngram"]
+    assert set(rows["mixed"]["against"]) == {"first", "fp32", "shallow", "mixed-unk"}
     assert all(r["interval"][0] <= r["wer"] <= r["interval"][1] for r in rows.values())
     # The reference is in every list, and only wrong hypotheses have unknown words.
     assert rows["mixed"]["oracle_wer"] == 0 and rows["mixed"]["wer"] < rows["first"]["wer"]

@@ -171,6 +171,8 @@ def test_unknown_words_have_a_weight_of_their_own(lm):
     lists = [NBest(t, [Hypothesis(f"{t[0]} zz", 0.0), Hypothesis(t, -1.0)], t) for t in texts]
     weights = tuned(Scorer(lm), lists)
     assert weights.unknown_weight < 0 and weights.tuned_on["rescored_wer"] == 0
+    held = tuned(Scorer(lm), lists, hold=["unknown_weight"])
+    assert held.unknown_weight == 0 and held.tuned_on["rescored_wer"] > 0
     with_weight, without = (
         next(rescore_stream(Scorer(lm), lists, Weights(0.0, unknown_weight=w), RescoringReport())) for w in (-2.0, 0.0)
     )

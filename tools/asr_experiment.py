@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from lowbit.tools.training.config import TrainConfig, config_file
 from lowbit.tools.training.data import corpus_file
 from lowbit.wer import score_corpus
 
-FIRST_PASS = "first"
+FIRST_PASS, UNKNOWN = "first", "unknown_weight"
 # Row against row: (the one, the other). MAPSSWE and the paired interval are of one minus other.
 COMPARISONS = (
     ("ngram", FIRST_PASS), ("fp32", FIRST_PASS), ("mixed", FIRST_PASS), ("mixed", "fp32"),
-    ("shallow", FIRST_PASS), ("mixed", "shallow"), ("fp32+ngram", "ngram"), ("mixed+ngram", "ngram"),
+    ("mixed", "mixed-unk"), ("shallow", FIRST_PASS), ("mixed", "shallow"),
+    ("fp32+ngram", "ngram"), ("mixed+ngram", "ngram"),
     ("mixed+ngram", "mixed"), ("mixed+ngram", "fp32+ngram"), ("mixed+ngram", FIRST_PASS),
 )  # fmt: skip
 
@@ -63,6 +65,9 @@ class AsrExperiment:
             self._row("shallow", "one-layer LM, fp32", shallow, None),
             self._row("fp32", "LM, fp32", fp, None),
             self._row("mixed", "LM, mixed precision", packed, None),
+            self._row(
+                "mixed-unk", "LM, mixed precision, no weight for unknown words", packed, None, ["--hold", UNKNOWN]
+            ),
             self._row("fp32+ngram", "LM, fp32, + trigram", fp, arpa),
             self._row("mixed+ngram", "LM, mixed precision, + trigram", packed, arpa),
         ]
@@ -98,10 +103,12 @@ class AsrExperiment:
         step("pack", "pack", [admm, "--out", packed], [admm], [packed])
         return packed
 
-    def _row(self, key: str, title: str, model: str | None, arpa: str | None) -> dict[str, Any]:
+    def _row(
+        self, key: str, title: str, model: str | None, arpa: str | None, tuning: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Size, perplexity and word error rates of one combination; its lists stay in KEY.test.jsonl."""
         row: dict[str, Any] = {"key": key, "title": title}
-        if model and not arpa:
+        if model and not arpa and not tuning:
             mode = TrainConfig.find(self.recipe.config).mode
             argv = [model, "--text", self.texts["valid"], "--mode", mode]
             result = self.pipeline.run(f"evaluate-{key}", "evaluate", argv, [model, self.texts["valid"]], [])
@@ -111,15 +118,17 @@ class AsrExperiment:
         models = [model] if model else []
         inputs = [f for f in (model, arpa) if f]
         options = [*models, *(["--ngram", arpa] if arpa else [])]
-        result, row["weights"] = self._rescore(key, options, inputs)
+        result, row["weights"] = self._rescore(key, options, inputs, tuning)
         names = ("first_pass_wer", "rescored_wer", "oracle_wer", "oov", "words")
         return row | {n: result[n] for n in names} | {"utterances_per_second": result["utterances_per_second"]}
 
-    def _rescore(self, key: str, options: list[str], inputs: list[str]) -> tuple[dict[str, Any], Any]:
+    def _rescore(
+        self, key: str, options: list[str], inputs: list[str], tuning: Sequence[str] = ()
+    ) -> tuple[dict[str, Any], Any]:
         """Test lists rescored with weights from dev, or cross-validated; the result and the weights."""
         path, run = self.pipeline.path, self.pipeline.run
         out, weights = path(f"{key}.test.jsonl"), path(f"{key}.weights.json")
-        tune = ["--tune", *(["--average-am"] if self.recipe.average_am else [])]
+        tune = ["--tune", *(["--average-am"] if self.recipe.average_am else []), *tuning]
         if self.recipe.folds:
             lists = self.lists["dev"]
             argv = [*options, "--nbest", lists, "--out", out, *tune, "--folds", str(self.recipe.folds)]

@@ -56,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--conversation", default="conv", metavar="FIELD", help="that names the conversation (default conv)")
     p.add_argument("--weights", metavar="W.json", help="weights to use, or to write with --tune")
     p.add_argument("--tune", action="store_true", help="tune the weights on this list (needs references)")
+    p.add_argument("--hold", action="append", default=[], choices=("length_bonus", "unknown_weight", "first_lm_weight"),
+                   help="a weight that --tune leaves at 0; may be given again")  # fmt: skip
     p.add_argument("--folds", type=int, metavar="K", help="of --tune: cross-validate in K parts")
     p.add_argument("--fold-by", metavar="FIELD", default="spk", help="whose values stay in one part (default: spk)")
     p.add_argument("--lm-weight", type=float, metavar="A", help="weights by hand, instead of --weights")
@@ -178,11 +180,11 @@ def tuned(args: argparse.Namespace, scorer: Any) -> tuple[Any, list[Any]]:
         fold = fold_of([s.utterance for s in development], args.folds, args.fold_by, args.nbest, args.seed)
         with cli.Progress("tune", args.folds, "fold") as bar:
             done, report, weights = cross_validate(
-                scorer, development, first_pass, fold, args.nbest, fixed, args.seed, bar.advance
+                scorer, development, first_pass, fold, args.nbest, fixed, args.seed, bar.advance, args.hold
             )
         write(args, (replace(u, hyps=u.hyps[: args.keep]) for u in done))
         return report, weights
-    weights = tune_weights(scorer, development, first_pass, args.nbest, fixed, args.seed)
+    weights = tune_weights(scorer, development, first_pass, args.nbest, fixed, args.seed, args.hold)
     report = RescoringReport(first_pass=first_pass)
     write(args, (reordered(s, weights, report, args.keep) for s in development))
     if args.weights:
