@@ -1,4 +1,4 @@
-"""lowbit/tuning.py and `lowbit tune`: the file of crossovers, who may write it, and what a damaged one says."""
+"""lowbit/tuning.py and `lowbit tune_cpu`: the file of crossovers, who may write it, and what a damaged one says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from lowbit import _C, tuning
 from lowbit.errors import LowbitError
 from lowbit.ops import available_isas
-from lowbit.tools import tune
+from lowbit.tools import tune_cpu as tune
 
 
 class Native:

@@ -44,7 +44,7 @@ STAGES = {
     "generate": "continue a text",
     "rescore": "rescore N-best lists of a speech recogniser",
     "wer": "word error rate with significance tests",
-    "tune": "measure which CPU kernel is fastest from how many rows on, for later runs",
+    "tune_cpu": "measure which CPU kernel is fastest from how many rows on, for later runs",
     "reproduce": "run the experiments whose numbers the documentation reports",
     "reproduce_asr": "the word error rates that the documentation reports, models and all",
     "demo": "the whole pipeline in five minutes on the text of this Python's documentation",

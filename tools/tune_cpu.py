@@ -28,7 +28,7 @@ EFFORT = Effort(sample=0.002, min_rounds=5, max_rounds=9, total=0.15)
 
 
 def parser() -> argparse.ArgumentParser:
-    p = cli.parser("tune", "lowbit tune --isa amx avx512", __doc__.split("\n\n")[1])
+    p = cli.parser("tune_cpu", "lowbit tune_cpu --isa amx avx512", __doc__.split("\n\n")[1])
     p.add_argument(
         "--isa", nargs="+", metavar="NAME", help="instruction sets to measure (default: all of this machine)"
     )
@@ -101,7 +101,7 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
         measured: list[dict[str, Any]] = []
         if todo:
             try:
-                with cli.Progress("tune", len(todo) * len(tuning.BITS) * len(ROWS), "product") as bar:
+                with cli.Progress("tune_cpu", len(todo) * len(tuning.BITS) * len(ROWS), "product") as bar:
                     found, measured = measure(todo, bar)
             finally:
                 set_isa(None)
