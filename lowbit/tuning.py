@@ -1,7 +1,7 @@
 """Crossovers measured on this machine: where the CPU kernel for few rows hands over to the one for many.
 
-The extension has defaults (csrc/cpu/crossover.h). `lowbit tune_cpu` measures better ones and keeps them in one file a CPU
-model and version of lowbit, in the user's cache folder; every process reads it once, before its first product.
+The extension has defaults (csrc/cpu/crossover.h). `lowbit tune-cpu` measures better ones and keeps them in one file a
+CPU model and version of lowbit, in the user's cache folder; every process reads it once, before its first product.
 The environment variable LOWBIT_TUNING=FILE names another file, which must exist, and LOWBIT_TUNING=off reads none.
 """
 
@@ -67,7 +67,7 @@ def read(path: str | os.PathLike[str]) -> Crossovers:
     value = read_json(path)
     table = value.get("crossovers") if isinstance(value, dict) and value.get("version") == VERSION else None
     if not isinstance(table, dict) or not all(_valid(isa, rows) for isa, rows in table.items()):
-        raise LowbitError(f"{path}: not a file of lowbit tune_cpu; delete it, or measure again with: lowbit tune_cpu --force")
+        raise LowbitError(f"{path}: not a file of lowbit tune-cpu; delete it and measure again")
     return {isa: {int(bits): count for bits, count in rows.items()} for isa, rows in table.items()}
 
 

@@ -28,7 +28,7 @@ EFFORT = Effort(sample=0.002, min_rounds=5, max_rounds=9, total=0.15)
 
 
 def parser() -> argparse.ArgumentParser:
-    p = cli.parser("tune_cpu", "lowbit tune_cpu --isa amx avx512", __doc__.split("\n\n")[1])
+    p = cli.parser("tune_cpu", "lowbit tune-cpu --isa amx avx512", __doc__.split("\n\n")[1])
     p.add_argument(
         "--isa", nargs="+", metavar="NAME", help="instruction sets to measure (default: all of this machine)"
     )
