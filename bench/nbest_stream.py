@@ -73,7 +73,8 @@ def main() -> None:
             parts["rescore"] = [*lowbit, "rescore", *models, "--nbest", "-", "--out", out, "--lm-weight", "0.5"]
         chosen = {name: command for name, command in parts.items() if args.only in (None, name)}
         result = {name: [run(command, lists, n) for n in args.utterances] for name, command in chosen.items()}
-    record = {"hypotheses": args.hypotheses, "model": args.model, "ngram": args.ngram, "parts": result}
+    names = {kind: path and Path(path).name for kind, path in (("model", args.model), ("ngram", args.ngram))}
+    record = {"hypotheses": args.hypotheses, **names, "parts": result}
     text = json.dumps(record, indent=1)
     if args.json:
         Path(args.json).write_text(text + "\n")
