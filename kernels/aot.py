@@ -131,7 +131,7 @@ def _linear(variant: Variant) -> tuple:
         "OPERAND": tl.float16 if variant.dtype == "fp16" else tl.bfloat16,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
-    kinds = {"x": f"*{variant.dtype}", "codes": "*u8", "scales": "*fp16", "table": "*i8", "bias": "*fp32"}
+    kinds = {"x": f"*{variant.dtype}", "codes": "*i32", "scales": "*fp16", "table": "*i8", "bias": "*fp32"}
     kinds |= dict.fromkeys(("out", "y"), "*fp32" if variant.split else f"*{variant.dtype}")
     return kernel, constants, kinds, config.options
 

@@ -74,7 +74,8 @@ def bucket_of(rows: int) -> int:
 
 
 # GEMV, one row: bytes in flight are what counts, so that a tile is 16 bytes a thread (8 at 1 bit, where each byte
-# already takes 8 fp32 sums). GEMM: the usual tensor-core tiles.
+# already takes 8 fp32 sums). GEMM: the usual tensor-core tiles. block_n is a multiple of 64, 32, 16, 16 at 1, 2, 4, 8
+# bits: the outputs whose codes share 16-byte vectors.
 _ROW_BLOCK_N = {8: 32, 4: 64, 2: 128, 1: 128}
 CONFIGS: dict[tuple[int, int], KernelConfig] = {
     (bits, bucket): config

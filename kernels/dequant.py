@@ -13,30 +13,43 @@ import triton.language as tl
 
 
 @triton.jit
-def load_packed(codes, chunk, n_first, n, k, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Bytes of outputs n_first.. and inputs 64 * chunk..: uint8 [BLOCK_K / 64, BLOCK_N * 8 * BITS].
+def load_words(codes, chunk, n_first, n, k, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Words of outputs n_first.. and inputs 64 * chunk..: int32 [BLOCK_N / R, BLOCK_K / 64, words of a block and chunk].
 
-    Every row is one contiguous run. Outputs past N and chunks past the last one read as 0.
+    R outputs share words (64, 32, 16, 16 at 1, 2, 4, 8 bits); BLOCK_N and n_first are multiples of it. The words of a
+    block and a chunk are one contiguous run. Blocks past N (padded to 64) and chunks past the last one read as 0.
     """
-    row: tl.constexpr = 8 * BITS
+    rows: tl.constexpr = 64 // BITS if BITS < 4 else 16
+    words: tl.constexpr = 2 * rows * BITS
+    chunks = tl.cdiv(k, 64)
+    block = n_first // rows + tl.arange(0, BLOCK_N // rows)
     which = chunk + tl.arange(0, BLOCK_K // 64)
-    byte = tl.arange(0, BLOCK_N * row)
-    mask = (which < tl.cdiv(k, 64))[:, None] & (byte < (n - n_first) * row)[None, :]
+    word = tl.arange(0, words)
+    mask = (block < tl.cdiv(n, 64) * (64 // rows))[:, None, None] & (which < chunks)[None, :, None]
     # 64 bits: a vocabulary matrix may exceed 2 GiB.
-    start = (which.to(tl.int64) * n + n_first) * row
-    return tl.load(codes + start[:, None] + byte[None, :], mask=mask, other=0)
+    start = (block.to(tl.int64)[:, None] * chunks + which[None, :]) * words
+    return tl.load(codes + start[:, :, None] + word[None, None, :], mask=mask, other=0)
 
 
 @triton.jit
-def unpack(packed, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """uint8 [BLOCK_K / 64, BLOCK_N * 8 * BITS] -> codes uint8 [BLOCK_N, BLOCK_K], inputs in natural order."""
+def unpack(stored, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """int32 [BLOCK_N / R, BLOCK_K / 64, words] -> codes uint8 [BLOCK_N, BLOCK_K], in natural order."""
+    rows: tl.constexpr = 64 // BITS if BITS < 4 else 16
+    blocks: tl.constexpr = BLOCK_N // rows
     chunks: tl.constexpr = BLOCK_K // 64
-    planes: tl.constexpr = 8 // BITS
-    code = tl.reshape(packed, (chunks, BLOCK_N, 1, 8 * BITS))
+    tiles: tl.constexpr = rows // 16
+    vectors: tl.constexpr = tiles * BITS // 4
+    u = stored.to(tl.uint32, bitcast=True)
     if BITS < 8:
-        shift = (tl.arange(0, planes) * BITS).to(tl.uint8)
-        code = (code >> shift[None, None, :, None]) & ((1 << BITS) - 1)
-    return tl.reshape(tl.permute(code, (1, 0, 2, 3)), (BLOCK_N, BLOCK_K))
+        u = (u >> 2) | (u << 30)
+    u = tl.permute(tl.reshape(u, (blocks, chunks, vectors, 32, 4)), (0, 1, 3, 2, 4))
+    u = tl.reshape(u, (blocks, chunks, 32, tiles * BITS, 1))
+    # Last dimension: place, e.
+    at = tl.arange(0, 32 // BITS)
+    shift = (at // 2 * BITS + at % 2 * 16).to(tl.uint32)
+    code = ((u >> shift[None, None, None, None, :]) & ((1 << BITS) - 1)).to(tl.uint8)
+    code = tl.reshape(code, (blocks, chunks, 8, 4, tiles, 4, 2, 2, 2))  # block chunk g t tile s h n8 e
+    return tl.reshape(tl.permute(code, (0, 4, 7, 2, 1, 3, 5, 6, 8)), (BLOCK_N, BLOCK_K))
 
 
 @triton.jit
@@ -59,11 +72,11 @@ def load_levels(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Levels of one tile: ``dtype`` [BLOCK_N, BLOCK_K]. Past N and K they are those of code 0, not 0."""
-    packed = load_packed(codes, chunk, n_first, n, k, BITS, BLOCK_N, BLOCK_K)
-    return levels_of(unpack(packed, BITS, BLOCK_N, BLOCK_K), table, A, B, dtype)
+    words = load_words(codes, chunk, n_first, n, k, BITS, BLOCK_N, BLOCK_K)
+    return levels_of(unpack(words, BITS, BLOCK_N, BLOCK_K), table, A, B, dtype)
 
 
 @triton.jit
 def load_scales(scales, g, columns, n):
     """Scales of outputs ``columns`` [BLOCK_N] in group ``g``: fp32 [BLOCK_N], 0 past N."""
-    return tl.load(scales + g * n + columns, mask=columns < n, other=0.0).to(tl.float32)
+    return tl.load(scales + g * (tl.cdiv(n, 64) * 64) + columns, mask=columns < n, other=0.0).to(tl.float32)

@@ -1,31 +1,20 @@
 """A quantized matrix as the GPU kernels read it, and the pure function that re-lays it from the canonical rows.
 
-CHUNKS. W [N, K] is cut along K into chunks of 64 inputs (zero codes pad the last one). A chunk of one output is
-8 * bits bytes, and the chunks of all outputs follow each other before the next 64 inputs begin:
+The layout is drawn in csrc/cuda/layout.cuh: codes lie in the order of tensor-core fragments, so that a CUDA kernel's lane
+loads its own operands with 16-byte loads and unpacks them without a shuffle. As indices, with N padded to 64 and K to
+chunks of 64 inputs (codes of 0, scales of 0), b bits and the block's outputs R = 64, 32, 16, 16 at b = 1, 2, 4, 8:
 
-    codes uint8 [chunks, N, 8 * bits]            chunks = ceil(K / 64)
+    n = R block + 16 tile + 8 n8 + g         k = 64 chunk + 16 t + 4 s + 2 h + e
+    lane = 4 g + t                           pair P = 4 s + 2 h + n8 = (16 / b) word + place
+    u = code << (b place + 16 e), or-ed      stored: u rotated left by 2 (b < 8)
 
-                    output 0      output 1      output 2            output N-1
-    inputs   0..63  |8*bits bytes|8*bits bytes|8*bits bytes|  ...  |8*bits bytes|
-    inputs 64..127  |8*bits bytes|8*bits bytes|8*bits bytes|  ...  |8*bits bytes|
+    codes int32 [N_pad / R, chunks, vectors, 32 lanes, 4]      vectors = 2 at 8 bits, else 1; the last index and `vectors`
+                                                               count the words b tile + word of a lane
 
-A tile of BLOCK_N outputs x 64 inputs is therefore ONE run of BLOCK_N * 8 * bits contiguous bytes, whatever the bit
-width: every warp reads whole 32-byte sectors with wide loads, also at 1 bit, where a row of a row-major matrix would
-give 8 bytes and waste three quarters of each sector. 64 inputs is the grain of `group`, so that a chunk never
-straddles two scales, and 128 bytes of fp16 activations, the widest shared-memory swizzle of tensor-core operands.
+A tile of outputs and a chunk is one contiguous run, whatever the bit width; 64 inputs is the grain of `group`, so that
+a chunk never straddles two scales.
 
-PLANES. In a chunk, byte j holds the inputs j, j + S, j + 2S ... of its 8 / bits planes, S = 8 * bits:
-
-    bits = 4, S = 32:   byte j = | k = j+32 : 4 | k = j : 4 |                                      j = 0..31
-    bits = 2, S = 16:   byte j = | k = j+48 : 2 | k = j+32 : 2 | k = j+16 : 2 | k = j : 2 |        j = 0..15
-    bits = 1, S =  8:   byte j = | k = j+56 : 1 | ...                         | k = j : 1 |        j = 0..7
-    bits = 8, S = 64:   byte j = k = j
-
-One shift and one mask of a whole register of bytes gives neighbouring inputs (four to a register), and planes
-stacked along a new axis are the inputs in natural order: a tile is unpacked by broadcasting, without shuffles, and
-activations need no permutation. (Row-wise packing would leave every 8/bits-th input in a plane.)
-
-SCALES. fp16 [G, N]: the scales of neighbouring outputs are neighbours.
+SCALES. fp16 [G, N_pad]: the scales of neighbouring outputs are neighbours.
 """
 
 from __future__ import annotations
@@ -39,44 +28,75 @@ from lowbit.quantize import QuantTensor, check_group, describe
 from lowbit.tables import BITS
 
 CHUNK = 64  # inputs
-_ROWS_AT_ONCE = 4096  # bounds the one-code-a-byte intermediate of a prepack
+ROW_PAD = 64  # outputs: N is padded to a multiple
+BLOCK_ROWS = {1: 64, 2: 32, 4: 16, 8: 16}  # outputs whose words share 16-byte vectors
+_CODES_AT_ONCE = 2**23  # bounds the one-code-a-byte intermediate of a prepack
+_MAX_STEP = 4  # largest |a| of a level a * code + b whose constants are exact in 16-bit floats (csrc/cuda/dequant.cuh)
+
+
+def codes_shape(n: int, k: int, bits: int) -> tuple[int, int, int, int, int]:
+    """Shape of the codes of a matrix [n, k]."""
+    padded = -(-n // ROW_PAD) * ROW_PAD
+    return padded // BLOCK_ROWS[bits], -(-k // CHUNK), max(1, bits // 4), 32, 4
+
+
+def _rotate(u: torch.Tensor, bits: int, by: int) -> torch.Tensor:
+    """uint32 values in int64, rotated left by ``by`` where the width has a rotation."""
+    return u if bits == 8 else ((u << by) | (u >> (32 - by))) & 0xFFFFFFFF
 
 
 def prepack_codes(packed_rows: torch.Tensor, bits: int, k: int) -> torch.Tensor:
-    """Canonical rows uint8 [N, ceil(k * bits / 8)] -> GPU layout uint8 [ceil(k / 64), N, 8 * bits]; pure."""
-    n, sub = packed_rows.shape[0], 8 * bits
-    chunks = -(-k // CHUNK)
-    out = torch.empty(chunks, n, sub, dtype=torch.uint8)
-    for first in range(0, n, _ROWS_AT_ONCE):
-        rows = packed_rows[first : first + _ROWS_AT_ONCE]
-        codes = torch.nn.functional.pad(bitpack.unpack_codes(rows, bits, k), (0, -k % CHUNK))
-        planes = codes.view(len(rows), chunks, 8 // bits, sub)
-        merged = planes[:, :, 0].clone()
-        for i in range(1, 8 // bits):
-            merged |= planes[:, :, i] << (i * bits)
-        out[:, first : first + len(rows)] = merged.transpose(0, 1)
+    """Canonical rows uint8 [N, ceil(k * bits / 8)] -> GPU layout int32 :func:`codes_shape`; pure."""
+    n = packed_rows.shape[0]
+    out = torch.empty(codes_shape(n, k, bits), dtype=torch.int32)
+    blocks_at_once = max(1, _CODES_AT_ONCE // (k * ROW_PAD)) * (ROW_PAD // BLOCK_ROWS[bits])
+    for first in range(0, len(out), blocks_at_once):
+        target = out[first : first + blocks_at_once]
+        rows = packed_rows[first * BLOCK_ROWS[bits] :][: len(target) * BLOCK_ROWS[bits]]
+        codes = bitpack.unpack_codes(rows, bits, k)
+        codes = torch.nn.functional.pad(codes, (0, -k % CHUNK, 0, len(target) * BLOCK_ROWS[bits] - len(rows)))
+        target.copy_(_prepack_blocks(codes, bits))
     return out
 
 
-def unprepack_codes(codes: torch.Tensor, bits: int, k: int) -> torch.Tensor:
-    """Inverse of :func:`prepack_codes`, to one code a byte: uint8 [chunks, N, 8 * bits] -> uint8 [N, k]."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    planes = (codes[:, :, None, :] >> shifts[:, None]) & (2**bits - 1)  # [chunks, N, planes, S]
-    return planes.permute(1, 0, 2, 3).flatten(1)[:, :k].contiguous()
+def _prepack_blocks(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [blocks * R, chunks * 64] -> int32 [blocks, chunks, vectors, 32, 4]."""
+    rows, chunks = BLOCK_ROWS[bits], codes.shape[1] // CHUNK
+    split = codes.view(-1, rows // 16, 2, 8, chunks, 4, 4, 2, 2)  # block tile n8 g | chunk t s h e
+    lanes = split.permute(0, 4, 3, 5, 1, 6, 7, 2, 8)  # block chunk g t | tile | s h n8 | e
+    lanes = lanes.reshape(len(split), chunks, 32, rows // 16 * bits, 16 // bits, 2)  # word place e
+    u = torch.zeros(lanes.shape[:4], dtype=torch.int64)
+    for place in range(16 // bits):
+        for e in range(2):
+            u |= lanes[..., place, e].long() << (bits * place + 16 * e)
+    stored = _rotate(u, bits, 2).unflatten(3, (-1, 4)).transpose(2, 3)  # block chunk vector lane word
+    return (stored - ((stored >> 31) << 32)).int()
+
+
+def unprepack_codes(codes: torch.Tensor, bits: int, n: int, k: int) -> torch.Tensor:
+    """Inverse of :func:`prepack_codes`, to one code a byte: int32 :func:`codes_shape` -> uint8 [n, k]."""
+    blocks, chunks = codes.shape[:2]
+    u = _rotate(codes.transpose(2, 3).reshape(blocks, chunks, 32, -1).long() & 0xFFFFFFFF, bits, 30)
+    shifts = torch.arange(0, 16, bits, device=u.device)[:, None] + torch.tensor([0, 16], device=u.device)
+    split = ((u[..., None, None] >> shifts) & (2**bits - 1)).byte()
+    split = split.view(blocks, chunks, 8, 4, BLOCK_ROWS[bits] // 16, 4, 2, 2, 2)  # block chunk g t tile s h n8 e
+    wide = split.permute(0, 4, 7, 2, 1, 3, 5, 6, 8).reshape(blocks * BLOCK_ROWS[bits], chunks * CHUNK)
+    return wide[:n, :k].contiguous()
 
 
 class GpuWeight:
     """A quantized matrix in the GPU layout, on any device.
 
     Attributes:
-        codes: uint8 [ceil(K / 64), N, 8 * bits], see the module's diagrams.
-        scales: fp16 [G, N], G = ceil(K / group).
+        codes: int32 :func:`codes_shape`, see the module's diagrams.
+        scales: fp16 [G, N_pad], G = ceil(K / group), N_pad = N rounded up to 64.
         table: int8 [2**bits], level of every code.
+        levels: the table as integers, on the host.
         affine: (a, b) with level = a * code + b for every code, or None where levels are looked up.
         shape: (N, K); bits: 1, 2, 4 or 8; group: inputs a scale (K for one scale a row).
     """
 
-    __slots__ = ("affine", "bits", "codes", "group", "scales", "shape", "table")
+    __slots__ = ("affine", "bits", "codes", "group", "levels", "scales", "shape", "table")
 
     def __init__(
         self,
@@ -92,12 +112,17 @@ class GpuWeight:
             raise LowbitError(f"no GPU weight has {bits!r} bits and shape [{n}, {k}]")
         if group != k:
             check_group(group)
-        _expect("codes", codes, torch.uint8, (-(-k // CHUNK), n, 8 * bits))
-        _expect("scales", scales, torch.float16, (-(-k // group), n))
+        _expect("codes", codes, torch.int32, codes_shape(n, k, bits))
+        _expect("scales", scales, torch.float16, (-(-k // group), -(-n // ROW_PAD) * ROW_PAD))
         _expect("table", table, torch.int8, (2**bits,))
         self.codes, self.scales, self.table = codes.contiguous(), scales.contiguous(), table.contiguous()
         self.shape, self.bits, self.group = (n, k), bits, group
-        self.affine = _affine(table.tolist())
+        self.levels: list[int] = table.tolist()
+        self.affine = _affine(self.levels)
+        if bits == 8 and self.affine != (1, -128):
+            raise LowbitError("an 8-bit table must be level = code - 128")
+        if bits == 1 and self.affine is None:
+            raise LowbitError(f"1-bit levels must differ by 1 to {_MAX_STEP}, not be {self.levels}")
 
     @classmethod
     def from_canonical(
@@ -128,7 +153,8 @@ class GpuWeight:
         _expect("packed_rows", packed_rows, torch.uint8, (None, bitpack.row_bytes(k, bits)), "cpu")
         n = packed_rows.shape[0]
         _expect("scale", scale, torch.float16, (n, -(-k // group)), "cpu")
-        return cls(prepack_codes(packed_rows, bits, k), scale.t().contiguous(), table.clone(), (n, k), bits, group)
+        scales = torch.nn.functional.pad(scale.t(), (0, -n % ROW_PAD)).contiguous()
+        return cls(prepack_codes(packed_rows, bits, k), scales, table.clone(), (n, k), bits, group)
 
     @classmethod
     def from_quant_tensor(cls, q: QuantTensor) -> GpuWeight:
@@ -149,6 +175,11 @@ class GpuWeight:
         """Bytes in memory."""
         return self.codes.nbytes + self.scales.nbytes + self.table.nbytes
 
+    @property
+    def padded_rows(self) -> int:
+        """N rounded up to a multiple of 64."""
+        return self.scales.shape[1]
+
     def to(self, device: torch.device | str) -> GpuWeight:
         """The same weight on ``device``."""
         moved = (t.to(device) for t in (self.codes, self.scales, self.table))
@@ -156,9 +187,9 @@ class GpuWeight:
 
     def dequantize(self) -> torch.Tensor:
         """fp32 [N, K]; exact."""
-        k = self.shape[1]
-        levels = self.table.float()[unprepack_codes(self.codes, self.bits, k).long()]
-        return levels * self.scales.float().t().repeat_interleave(self.group, dim=1)[:, :k]
+        n, k = self.shape
+        levels = self.table.float()[unprepack_codes(self.codes, self.bits, n, k).long()]
+        return levels * self.scales[:, :n].float().t().repeat_interleave(self.group, dim=1)[:, :k]
 
     def __repr__(self) -> str:
         n, k = self.shape
@@ -166,8 +197,11 @@ class GpuWeight:
 
 
 def _affine(levels: list[int]) -> tuple[int, int] | None:
-    """(a, b) of ``level = a * code + b``, or None. All levels count: a table's padding continues the line."""
+    """(a, b) of ``level = a * code + b`` where 0 < |a| <= 4, or None. All levels count: a table's padding continues
+    the line."""
     a, b = levels[1] - levels[0], levels[0]
+    if not 0 < abs(a) <= _MAX_STEP:
+        return None
     return (a, b) if all(level == a * code + b for code, level in enumerate(levels)) else None
 
 

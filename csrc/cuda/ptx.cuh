@@ -1,0 +1,119 @@
+// One-instruction helpers. Every arithmetic one has a portable twin, so that whatever is built on them is tested on a
+// CPU; those that touch memory or other lanes come from the device below or, without nvcc, from simt.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define LOWBIT_HD __host__ __device__ __forceinline__
+#define LOWBIT_DEVICE __device__ __forceinline__
+#define LOWBIT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define LOWBIT_PARAM const __grid_constant__
+#define LOWBIT_UNROLL _Pragma("unroll")
+#else
+#define LOWBIT_HD inline
+#define LOWBIT_DEVICE inline
+#define LOWBIT_KERNEL(threads, blocks) void
+#define LOWBIT_PARAM const
+#define LOWBIT_UNROLL
+#endif
+
+#include "float16.cuh"
+
+namespace lowbit::gpu {
+
+struct alignas(16) Vec4 {  // 16 bytes
+  uint32_t x[4];
+};
+
+// Rotate right; `by` is a compile-time constant wherever it matters.
+LOWBIT_HD constexpr uint32_t rotate_right(uint32_t w, int by) {
+  return by % 32 ? w >> (by % 32) | w << (32 - by % 32) : w;
+}
+
+// Byte i of the result is byte (selector nibble i) of b:a, a being the low word.
+LOWBIT_HD uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(a, b, selector);
+#else
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    out |= static_cast<uint32_t>(both >> (selector >> (4 * i) & 7u) * 8 & 0xFFu) << (8 * i);
+  }
+  return out;
+#endif
+}
+
+LOWBIT_HD float as_float(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+#endif
+}
+
+// a * b + c on two packed 16-bit floats, rounded once.
+LOWBIT_HD uint32_t fma2(Fp16, uint32_t a, uint32_t b, uint32_t c) {
+#ifdef __CUDA_ARCH__
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#else
+  return portable_fma2(Fp16{}, a, b, c);
+#endif
+}
+
+LOWBIT_HD uint32_t fma2(Bf16, uint32_t a, uint32_t b, uint32_t c) {
+#ifdef __CUDA_ARCH__
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#else
+  return portable_fma2(Bf16{}, a, b, c);
+#endif
+}
+
+// Two floats to packed 16-bit floats, round to nearest even.
+LOWBIT_HD uint32_t pack2(Fp16, float low, float high) {
+#ifdef __CUDA_ARCH__
+  uint32_t d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+#else
+  return pack_portable(Fp16{}, low, high);
+#endif
+}
+
+LOWBIT_HD uint32_t pack2(Bf16, float low, float high) {
+#ifdef __CUDA_ARCH__
+  uint32_t d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+#else
+  return pack_portable(Bf16{}, low, high);
+#endif
+}
+
+LOWBIT_HD float widen(Fp16, uint16_t bits) {
+#ifdef __CUDA_ARCH__
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+#else
+  return half_to_float(bits);
+#endif
+}
+
+LOWBIT_HD float widen(Bf16, uint16_t bits) { return as_float(static_cast<uint32_t>(bits) << 16); }
+
+}  // namespace lowbit::gpu
+
+#ifdef __CUDACC__
+#include "device.cuh"
+#else
+#include "simt.h"
+#endif

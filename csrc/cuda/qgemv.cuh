@@ -1,0 +1,170 @@
+// y = x W^T for 1 to 16 rows of x: bound by the bytes of W.
+//
+// A block has kRows outputs; its warps (and the splits of the grid) share K. Each warp walks along its chunks with
+// kDepth chunks of weights in flight in registers, unpacks, and multiplies on tensor cores, which at one row still
+// cost only 1/8 instruction a weight where fp32 sums would cost one. Activations come from L1/L2 as fragments: 16
+// consecutive inputs a lane. At the end the warps' sums meet in shared memory.
+#pragma once
+
+#include "epilogue.cuh"
+
+namespace lowbit::gpu {
+
+// kColumns: 8-row column tiles of x (1 or 2); kGrouped: scales change along K.
+template <int kBits_, bool kLookup_, class T_, int kColumns_, bool kGrouped_>
+struct GemvShape {
+  using T = T_;
+  static constexpr int kBits = kBits_, kColumns = kColumns_;
+  static constexpr bool kLookup = kLookup_, kGrouped = kGrouped_;
+  static constexpr int kRows = kBits == 8 ? 32 : 64;  // outputs a block
+  static constexpr int kTiles = kRows / kTile;
+  static constexpr int kLoads = kRows / block_rows(kBits) * vectors(kBits);  // 16-byte loads a lane and chunk
+  // Chunks in flight: what 128 (kColumns 1) and 168 registers a thread hold.
+  static constexpr int kDepth = kBits > 2 || kColumns > 1 ? 2 : kLookup || kGrouped ? 3 : 4;
+  static constexpr int kWarps = kColumns == 1 ? 8 : 4, kThreads = 32 * kWarps;
+  static constexpr int kBlocks = kColumns == 1 ? 2 : 3;  // a multiprocessor: 128 and 168 registers a thread
+  static constexpr int kMaxM = 8 * kColumns;
+  static constexpr int kPitch = kRows + 4;  // of the sums in shared memory: no bank conflicts
+  static constexpr int kSharedBytes = (kWarps * kMaxM * kPitch + 1) * 4;
+};
+
+template <class S>
+struct GemvStage {
+  Vec4 w[S::kLoads];
+  Vec4 x[S::kColumns][2];
+  uint16_t scale[S::kGrouped ? S::kTiles : 1][2];
+};
+
+// 16 activations of one row from input k on, zeros past the end.
+LOWBIT_DEVICE void load_x(const Args& p, int row, int k, Vec4 (&out)[2]) {
+  const Vec4* x = reinterpret_cast<const Vec4*>(p.x + row * p.x_stride + k);
+  LOWBIT_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    out[i] = Vec4{};
+    if (row < p.m && k + 8 * i < p.k) out[i] = load_global(x + i);
+  }
+}
+
+template <class S>
+LOWBIT_DEVICE void load_scales(const Args& p, int chunk, uint16_t (&scale)[S::kTiles][2]) {
+  const int g = thread_index() % 32 / 4;
+  const int64_t group = chunk / p.group_chunks;
+  const uint16_t* from = p.scales + group * p.n_padded + block_x() * S::kRows + g;
+  LOWBIT_UNROLL
+  for (int i = 0; i < S::kTiles; ++i) {
+    scale[i][0] = load_global(from + i * kTile);
+    scale[i][1] = load_global(from + i * kTile + 8);
+  }
+}
+
+template <class S>
+LOWBIT_DEVICE void load_stage(const Args& p, int chunk, GemvStage<S>& stage) {
+  constexpr int kPer = vectors(S::kBits);
+  const int lane = thread_index() % 32, block = block_x() * (S::kRows / block_rows(S::kBits));
+  LOWBIT_UNROLL
+  for (int i = 0; i < S::kLoads; ++i) {
+    stage.w[i] = load_stream(p.codes + vector_index(S::kBits, block + i / kPer, chunk, i % kPer, p.chunks) + lane);
+  }
+  LOWBIT_UNROLL
+  for (int j = 0; j < S::kColumns; ++j) {
+    load_x(p, 8 * j + lane / 4, chunk * kChunk + lane % 4 * 16, stage.x[j]);
+  }
+  if constexpr (S::kGrouped) load_scales<S>(p, chunk, stage.scale);
+}
+
+// sums[tile][column tile] += levels of the stage's chunk times its activations.
+template <class S>
+LOWBIT_DEVICE void multiply(const GemvStage<S>& stage, const Codebook& book, float (&sums)[S::kTiles][S::kColumns][4]) {
+  LOWBIT_UNROLL
+  for (int i = 0; i < S::kTiles; ++i) {
+    LOWBIT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      constexpr int kWords = half_words(S::kBits);
+      uint32_t words[kWords], a[8];
+      LOWBIT_UNROLL
+      for (int w = 0; w < kWords; ++w) {
+        const int at = i * S::kBits + (S::kBits > 1 ? half * kWords : 0) + w;
+        words[w] = stage.w[at / kVectorWords].x[at % kVectorWords];
+      }
+      unpack_half<S::kBits, S::kLookup, typename S::T>(words, half, book, a);
+      LOWBIT_UNROLL
+      for (int step = 0; step < 2; ++step) {
+        LOWBIT_UNROLL
+        for (int j = 0; j < S::kColumns; ++j) {
+          mma(typename S::T{}, sums[i][j], a + 4 * step, stage.x[j][half].x + 2 * step);
+        }
+      }
+    }
+  }
+}
+
+template <class S>
+LOWBIT_DEVICE void multiply_stage(const Args& p, const GemvStage<S>& stage, float (&total)[S::kTiles][S::kColumns][4]) {
+  if constexpr (!S::kGrouped) {
+    multiply<S>(stage, p.book, total);
+  } else {
+    float sums[S::kTiles][S::kColumns][4] = {};
+    multiply<S>(stage, p.book, sums);
+    LOWBIT_UNROLL
+    for (int i = 0; i < S::kTiles; ++i) {
+      const float scale[2] = {widen(Fp16{}, stage.scale[i][0]), widen(Fp16{}, stage.scale[i][1])};
+      LOWBIT_UNROLL
+      for (int j = 0; j < S::kColumns; ++j) {
+        LOWBIT_UNROLL
+        for (int r = 0; r < 4; ++r) total[i][j][r] += scale[r / 2] * sums[i][j][r];
+      }
+    }
+  }
+}
+
+// grid (n_padded / kRows, splits)
+template <class S>
+LOWBIT_KERNEL(S::kThreads, S::kBlocks) qgemv_kernel(LOWBIT_PARAM Args p) {
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  const int splits = grid_y(), parts = splits * S::kWarps, part = block_y() * S::kWarps + warp;
+  const int end = part_start(p.chunks, part + 1, parts);
+  int chunk = part_start(p.chunks, part, parts);
+
+  float total[S::kTiles][S::kColumns][4] = {};
+  uint16_t scale[S::kTiles][2];
+  if constexpr (!S::kGrouped) load_scales<S>(p, 0, scale);
+  GemvStage<S> stage[S::kDepth];
+  LOWBIT_UNROLL
+  for (int d = 0; d < S::kDepth; ++d) {
+    if (chunk + d < end) load_stage<S>(p, chunk + d, stage[d]);
+  }
+  for (; chunk < end; chunk += S::kDepth) {
+    LOWBIT_UNROLL
+    for (int d = 0; d < S::kDepth; ++d) {
+      if (chunk + d < end) {
+        multiply_stage<S>(p, stage[d], total);
+        if (chunk + d + S::kDepth < end) load_stage<S>(p, chunk + d + S::kDepth, stage[d]);
+      }
+    }
+  }
+
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  LOWBIT_UNROLL
+  for (int i = 0; i < S::kTiles; ++i) {
+    LOWBIT_UNROLL
+    for (int j = 0; j < S::kColumns; ++j) {
+      LOWBIT_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const int row = 8 * j + lane % 4 * 2 + r % 2, column = i * kTile + lane / 4 + r / 2 * 8;
+        const float by = S::kGrouped ? 1.0f : widen(Fp16{}, scale[i][r / 2]);
+        store_shared(shared + (warp * S::kMaxM + row) * S::kPitch + column, total[i][j][r] * by);
+      }
+    }
+  }
+  barrier();
+  const auto sum = [&](int row, int column) {
+    float value = 0.0f;
+    LOWBIT_UNROLL
+    for (int w = 0; w < S::kWarps; ++w) value += load_shared(shared + (w * S::kMaxM + row) * S::kPitch + column);
+    return value;
+  };
+  int* last = reinterpret_cast<int*>(shared + S::kWarps * S::kMaxM * S::kPitch);
+  write_tile<typename S::T, S::kMaxM, S::kRows, S::kThreads>(p, block_x(), 0, block_x() * S::kRows, splits, last, sum);
+}
+
+}  // namespace lowbit::gpu

@@ -1,0 +1,103 @@
+"""The CUDA kernels on a CPU: their own source compiled by g++ over csrc/cuda/simt.h, called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.kernels import GpuWeight
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "csrc" / "cuda"
+
+
+class CWeight(ctypes.Structure):
+    """lowbit::gpu::Weight of csrc/cuda/api.h."""
+
+    _fields_ = [
+        ("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("levels", ctypes.c_int8 * 16),
+        ("n", ctypes.c_int), ("k", ctypes.c_int), ("bits", ctypes.c_int), ("group", ctypes.c_int),
+        ("lookup", ctypes.c_bool),
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, w: GpuWeight) -> CWeight:
+        levels = (ctypes.c_int8 * 16)(*(w.levels if w.bits < 8 else []))
+        return cls(w.codes.data_ptr(), w.scales.data_ptr(), levels, *w.shape, w.bits, w.group, w.affine is None)
+
+
+class CLinear(ctypes.Structure):
+    """lowbit::gpu::Linear of csrc/cuda/api.h."""
+
+    _fields_ = [
+        ("w", CWeight),
+        ("x", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("residual", ctypes.c_void_p),
+        ("y", ctypes.c_void_p), ("partial", ctypes.c_void_p), ("arrived", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64), ("y_stride", ctypes.c_int64),
+        ("m", ctypes.c_int), ("splits", ctypes.c_int), ("activation", ctypes.c_int),
+        ("bf16", ctypes.c_bool), ("y_fp32", ctypes.c_bool), ("tile_m", ctypes.c_int),
+    ]  # fmt: skip
+
+
+class CArray(ctypes.Structure):
+    _fields_ = [("begin", ctypes.c_void_p), ("bytes", ctypes.c_int64)]
+
+
+def arrays(*tensors: torch.Tensor | None):
+    """What a kernel may touch: ctypes array of address and extent in bytes."""
+    real = [t for t in tensors if t is not None]
+    extents = [sum((size - 1) * stride for size, stride in zip(t.shape, t.stride())) + 1 for t in real]
+    return (CArray * len(real))(*(CArray(t.data_ptr(), e * t.element_size()) for t, e in zip(real, extents))), len(real)
+
+
+class Host:
+    """The library's functions; errors of a kernel become RuntimeError."""
+
+    def __init__(self, path: Path):
+        self.lib = ctypes.CDLL(str(path))
+        for name in ("host_unpack", "host_linear", "host_rows", "host_panel"):
+            getattr(self.lib, name).restype = ctypes.c_char_p
+
+    def call(self, name: str, *args) -> None:
+        if error := getattr(self.lib, name)(*args):
+            raise RuntimeError(error.decode())
+
+    def place(self, bits: int, n: int, k: int, chunks: int) -> tuple[int, int]:
+        word, bit = ctypes.c_int64(), ctypes.c_int()
+        sizes = (ctypes.c_int64(v) for v in (n, k, chunks))
+        self.lib.host_place(bits, *sizes, ctypes.byref(word), ctypes.byref(bit))
+        return word.value, bit.value
+
+    def counts(self) -> tuple[int, int, int]:
+        """Of the last product: shared-memory wavefronts, those without bank conflicts, mma."""
+        out = (ctypes.c_int64 * 3)()
+        self.lib.host_counts(out)
+        return tuple(out)
+
+
+def compiler() -> str:
+    path = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not path:
+        pytest.skip("no C++ compiler")
+    return path
+
+
+def build() -> Host:
+    """Compile once for these sources; several processes may do so at a time."""
+    sources = sorted([*SOURCES.glob("*.cuh"), *SOURCES.glob("*.h"), SOURCES / "hosttest.cpp"])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    target = ROOT / "build" / "cuda_host" / f"{digest}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(f".{os.getpid()}")
+        flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        subprocess.run([compiler(), *flags, str(SOURCES / "hosttest.cpp"), "-o", str(part)], check=True)
+        part.replace(target)
+    return Host(target)
