@@ -123,3 +123,97 @@ def test_gemv(bits, table, group, host):
         bias = torch.randn(n) if i % 2 else None
         y = run(host, w, x, tile_m=16, splits=splits, bias=bias, y_dtype=torch.float32 if i != 2 else None, seed=i)
         check(y, x, dense, bias)
+
+
+@pytest.mark.parametrize("tile_m", [32, 64, 128])
+@pytest.mark.parametrize(("bits", "table"), FORMATS, ids=str)
+def test_gemm(bits, table, tile_m, host):
+    """Ragged edges on all sides; groups, splits, dtypes and biases take turns. More chunks than the pipeline has stages."""
+    turn = FORMATS.index((bits, table)) + tile_m // 32
+    m, n, k = {32: (40, 70, 380), 64: (70, 130, 328), 128: (130, 66, 260)}[tile_m]
+    w, dense = weight(bits, table, n, k, 64 if turn % 2 else None)
+    x = activations(m, k, DTYPES[turn % 2])
+    bias = torch.randn(n) if turn % 3 else None
+    y = run(host, w, x, tile_m=tile_m, splits=1 + turn % 3, bias=bias, y_dtype=torch.float32, seed=turn)
+    check(y, x, dense, bias)
+    found, ideal, products = host.counts()
+    assert products > 0 and (found - ideal) / ideal <= 0.01, "shared-memory bank conflicts"
+
+
+@pytest.mark.parametrize("tile_m", [16, 32])
+def test_groups_wider_than_a_chunk(tile_m, host):
+    w, dense = weight(4, None, 64, 512, 128)
+    x = activations(5, 512, torch.float16)
+    check(run(host, w, x, tile_m=tile_m, splits=3, y_dtype=torch.float32), x, dense)
+
+
+@pytest.mark.parametrize("tile_m", [16, 64])
+@pytest.mark.parametrize("y_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_residual_and_activation(tile_m, y_dtype, host):
+    """y += activation(x W^T + bias), in place, with and without splits."""
+    w, dense = weight(2, None, 40, 200)
+    dtype = torch.float16 if y_dtype == torch.float32 else y_dtype
+    x, bias = activations(3, 200, dtype), torch.randn(40)
+    x[:, :200] *= 0.05
+    residual = torch.randn(3, 40).to(y_dtype)
+    for activation, function in enumerate([lambda v: v, torch.relu, torch.nn.functional.gelu]):
+        y = run(host, w, x, tile_m=tile_m, splits=1 + activation % 2, bias=bias, residual=residual, y_dtype=y_dtype,
+                activation=activation)  # fmt: skip
+        before = x[:, :200].double() @ dense.T + bias.double()
+        wanted = residual.double() + function(before)
+        unit = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[y_dtype]
+        size = x[:, :200].double().abs() @ dense.abs().T + bias.abs() + residual.double().abs()
+        assert bool(((y.double() - wanted).abs() <= unit * size + 216 * 2.0**-23 * size).all())
+
+
+def test_the_order_of_threads_and_blocks_does_not_matter(host):
+    """A missing barrier, or sums in the order of arrival, would show as other bits under another schedule."""
+    w, _ = weight(4, None, 130, 640, 64)
+    for tile_m, m in ((16, 9), (32, 33)):
+        x = activations(m, 640, torch.float16)
+        first, *others = (run(host, w, x, tile_m=tile_m, splits=3, y_dtype=torch.float32, seed=s) for s in range(4))
+        assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("tile_m", [16, 32])
+def test_infinite_activations_stay_in_their_row(tile_m, host):
+    w, _ = weight(2, None, 64, 128)
+    x = activations(4, 128, torch.float16)
+    clean = run(host, w, x, tile_m=tile_m)
+    x[2, 50] = torch.inf
+    y = run(host, w, x, tile_m=tile_m)
+    keep = [0, 1, 3]
+    assert torch.equal(y[keep], clean[keep]) and not bool(torch.isfinite(y[2]).any())
+
+
+@pytest.mark.parametrize("group", [None, 64])
+@pytest.mark.parametrize(("bits", "table"), FORMATS, ids=str)
+def test_rows_and_panels(bits, table, group, host):
+    n, k = 70, 200
+    w, dense = weight(bits, table, n, k, group)
+    ids = torch.tensor([69, 0, 33, 33])
+    out = torch.full((4, k), torch.nan)
+    where = arrays(w.codes, w.scales, ids, out)
+    host.call("host_rows", ctypes.byref(CWeight.of(w)), ids.data_ptr(), ctypes.c_int64(4), out.data_ptr(), *where)
+    assert torch.equal(out.double(), dense[ids])
+    for dtype in DTYPES:
+        panel = torch.full((64, 256), torch.nan, dtype=dtype)  # rows 64 .. 127, of which 6 exist
+        where = arrays(w.codes, w.scales, panel)
+        bf16 = dtype == torch.bfloat16
+        host.call("host_panel", ctypes.byref(CWeight.of(w)), bf16, 64, 64, panel.data_ptr(), *where)
+        assert torch.equal(panel[: n - 64, :k], dense[64:].to(dtype))
+        assert not bool(panel[n - 64 :].any()) and bool(torch.isfinite(panel).all())
+
+
+def test_the_machine_finds_what_it_looks_for(host):
+    """An array that is shorter than the kernel believes."""
+    w, _ = weight(4, None, 64, 128)
+    x = activations(2, 128, torch.float16)
+    y = torch.empty(2, 64)
+    call = CLinear(
+        CWeight.of(w), x.data_ptr(), 0, 0, y.data_ptr(), 0, 0, x.stride(0), 64, 2, 1, 0, False, True, 16
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="outside of every array"):
+        host.call("host_linear", ctypes.byref(call), *arrays(w.codes, w.scales, x[:1], y), 0)
+    with pytest.raises(RuntimeError, match="outside of every array"):
+        host.call("host_linear", ctypes.byref(call), *arrays(w.codes[:-1], w.scales, x, y), 0)
