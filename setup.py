@@ -26,12 +26,28 @@ def tool(name: str) -> str:
     return found
 
 
+def wants_cuda() -> bool:
+    """Whether to build lowbit._CUDA: LOWBIT_CUDA=on or off; auto, the default: where nvcc and an NVIDIA GPU are found.
+
+    A machine that has nvcc alone is asked for nothing: its CPU build takes no longer.
+    """
+    wish = os.environ.get("LOWBIT_CUDA", "auto")
+    if wish not in ("auto", "on", "off"):
+        sys.exit(f"lowbit: LOWBIT_CUDA must be auto, on or off, not {wish!r}")
+    compiler = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if wish == "on" and not compiler:
+        sys.exit("lowbit: LOWBIT_CUDA=on needs nvcc: put it on PATH or set CUDACXX, or build with LOWBIT_CUDA=off")
+    return wish == "on" or (wish == "auto" and bool(compiler) and os.path.exists("/dev/nvidia0"))
+
+
 class CMakeBuild(build_ext):
     """build_ext that configures and builds CMakeLists.txt and leaves the .so where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
+        if ext.name == "lowbit._CUDA":
+            return  # CMake has built it beside lowbit._C
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
@@ -42,9 +58,12 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DLOWBIT_OUTPUT_DIR={target.parent}",
+            f"-DLOWBIT_CUDA={'ON' if len(self.extensions) > 1 else 'OFF'}",
         ]  # fmt: skip
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
         try:
+            if archs := os.environ.get("LOWBIT_CUDA_ARCHS"):  # for instance 90-real
+                configure.append(f"-DLOWBIT_CUDA_ARCHS={archs}")
             # pip's build isolation moves cmake, ninja and pybind11 at every build: forget where they were.
             (build / "CMakeCache.txt").unlink(missing_ok=True)
             subprocess.run(configure, check=True)
@@ -60,6 +79,6 @@ setup(
     ],  # fmt: skip
     package_dir={"lowbit": "lowbit", "lowbit.kernels": "kernels", "lowbit.tools": "tools"},
     package_data={"lowbit.tools": ["configs/*.json", "configs/tables/*.json"]},
-    ext_modules=[Extension("lowbit._C", sources=[])],
+    ext_modules=[Extension(name, sources=[]) for name in ("lowbit._C", "lowbit._CUDA")[: 1 + wants_cuda()]],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,13 +1,15 @@
-"""GPU kernels written in Triton: `linear(x, weight)` on weights that stay at 1, 2, 4 or 8 bits in GPU memory.
+"""GPU kernels: `linear(x, weight)` on weights that stay at 1, 2, 4 or 8 bits in GPU memory.
 
-Importing this package loads neither torch nor Triton; the kernels themselves are loaded by the first call.
+The CUDA C++ kernels are in csrc/cuda (`lowbit._CUDA`), the Triton ones here; one layout serves both. Importing this
+package loads neither torch nor Triton; the kernels themselves are loaded by the first call.
 
     weight.py    the GPU layout of a quantized matrix and the pure function that makes it
     dequant.py   packed codes -> levels: the only place where the kernels differ by bit width and table
     gemv.py      1 to 16 rows of activations, split along K
     gemm.py      more rows, tensor-core tiles
-    config.py    tile sizes by (bits, rows): a table, no autotuning
+    config.py    tile sizes and which kernel serves, by (bits, rows): tables, no autotuning
     launch.py    checks, picks a kernel, launches
+    native.py    the host side of the CUDA kernels
     aot.py       compiles without a GPU and reads registers, spills and shared memory back
 """
 

@@ -13,7 +13,7 @@ from lowbit.tables import BITS
 
 GEMV_MAX_ROWS = 16
 REDUCE_BLOCK = 256  # outputs a program of the kernel that adds partial sums
-BUCKETS = (1, 16, 64, 256, None)  # most rows of activations in a bucket; None: any number
+BUCKETS = (1, 16, 64, 256, 1024, None)  # most rows of activations in a bucket; None: any number
 _MAX_ACCUMULATOR = 256 * 128  # fp32 elements a program: 128 registers a thread at 8 warps
 _MAX_SHARED = 160 * 1024  # bytes for pipelined tiles; sm_80 has 163 KiB, sm_90 227 KiB
 
@@ -86,8 +86,17 @@ CONFIGS: dict[tuple[int, int], KernelConfig] = {
         KernelConfig(64, 64, 64, 4, 4),
         KernelConfig(128, 64, 64, 8, 3),  # 4 warps spill on sm_80 where scales are grouped
         KernelConfig(128, 128, 64, 8, 3),
+        KernelConfig(128, 128, 64, 8, 3),
     ))
 }  # fmt: skip
+
+# What serves (bits, bucket) on a GPU: "cuda" (csrc/cuda), "triton", or "dense" (panels of W unpacked to 16 bits and
+# multiplied by the library, where that costs less than what its faster product gains). `lowbit tune` measures.
+ROUTES: dict[tuple[int, int], str] = {
+    (bits, bucket): "dense" if most is None else "cuda" for bits in BITS for bucket, most in enumerate(BUCKETS)
+}
+ROUTE_NAMES = ("cuda", "triton", "dense")
+NATIVE_TILES = (16, 32, 64, 128)  # rows of x a block of the CUDA kernels; 16 is the GEMV
 
 
 def find_config(bits: int, rows: int, group: int, k: int) -> KernelConfig:
@@ -113,3 +122,28 @@ def splits(config: KernelConfig, n: int, k: int, processors: int) -> int:
         return min(config.split_k, iterations)
     blocks = -(-n // config.block_n)
     return max(1, min(4 * processors // blocks, iterations // 4, 16))
+
+
+def native_blocks(bits: int, tile_m: int, m: int, padded_rows: int) -> int:
+    """Tiles of y of a CUDA kernel (csrc/cuda/qgemv.cuh, dispatch.cuh)."""
+    if tile_m == NATIVE_TILES[0]:
+        return padded_rows // (32 if bits == 8 else 64)
+    return -(-m // tile_m) * -(-padded_rows // 128)
+
+
+def native_splits(bits: int, tile_m: int, m: int, padded_rows: int, k: int, processors: int) -> int:
+    """Blocks that share one tile of y along K: the number with the least work in the busiest multiprocessor.
+
+    A block costs its chunks and a fixed start and end, worth about 2 chunks for each of its warps that share K; partial
+    sums that meet in memory are worth as much again.
+    """
+    gemv = tile_m == NATIVE_TILES[0]
+    warps = (8 if m <= 8 else 4) if gemv else 1  # that divide K inside a block
+    resident = (2 if m <= 8 else 3) if gemv else {32: 3, 64: 2, 128: 2}[tile_m]
+    slots, chunks = processors * resident, -(-k // 64)
+    blocks = native_blocks(bits, tile_m, m, padded_rows)
+
+    def cost(parts: int) -> float:
+        return -(-blocks * parts // slots) * (-(-chunks // (parts * warps)) + (2 if parts == 1 else 4))
+
+    return min(range(1, min(16, max(1, chunks // warps)) + 1), key=cost)

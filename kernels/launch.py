@@ -1,8 +1,8 @@
-"""The host side of the Triton kernels: checks, tile sizes, launch.
+"""`linear` on a GPU: checks, the choice among the kernels (config.ROUTES), launches of the Triton ones.
 
-Kernels run on CUDA tensors. On CPU tensors they run only under Triton's interpreter (TRITON_INTERPRET=1 in the
-environment before Triton is first imported), which is for tests: everything else is an error, never a silent
-fallback.
+Kernels run on CUDA tensors. Without the CUDA extension (`lowbit._CUDA`) Triton serves every shape, and :func:`serves`
+says so. On CPU tensors the Triton kernels run only under Triton's interpreter (TRITON_INTERPRET=1 in the environment
+before Triton is first imported), which is for tests: everything else is an error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -14,46 +14,104 @@ from typing import Any
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.kernels.config import GEMV_MAX_ROWS, REDUCE_BLOCK, KernelConfig, find_config, fit_group, splits
-from lowbit.kernels.weight import GpuWeight
+from lowbit.kernels import native
+from lowbit.kernels.config import (
+    GEMV_MAX_ROWS, REDUCE_BLOCK, ROUTE_NAMES, ROUTES, KernelConfig, bucket_of, find_config, fit_group, splits,
+)  # fmt: skip
+from lowbit.kernels.weight import BLOCK_ROWS, GpuWeight
 from lowbit.quantize import describe
 
 _INPUTS = (torch.float16, torch.bfloat16)
 _OUTPUTS = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def serves(bits: int, rows: int, device: torch.device) -> str:
+    """"cuda", "triton" or "dense": which kernel multiplies ``rows`` >= 1 rows by a weight of this width."""
+    if device.type != "cuda" or native.module() is None:
+        return "triton"
+    return ROUTES[bits, bucket_of(rows)]
+
+
+@torch.no_grad()
 def linear(
     x: torch.Tensor,
     weight: GpuWeight,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: KernelConfig | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+    route: str | None = None,
 ) -> torch.Tensor:
-    """``x @ W.T + bias``: x fp16/bf16 [..., K], W [N, K], bias float [N] -> [..., N], accumulated in fp32.
+    """``residual + activation(x @ W.T + bias)``: x fp16/bf16 [..., K], W [N, K], bias float [N] -> [..., N], accumulated
+    in fp32.
 
     The result carries no gradient, and is the same in every call with the same arguments on the same GPU model.
 
     Args:
         out_dtype: fp16, bf16 or fp32 (for logits); None for the dtype of ``x``.
-        config: tile sizes instead of those of :mod:`lowbit.kernels.config` (measurements, tests).
+        config: tile sizes of the Triton kernels instead of the table's (measurements, tests).
+        residual: of the result's dtype and shape, or None.
+        activation: None, "relu" or "gelu" (exact).
+        route: "cuda", "triton" or "dense" instead of the table's (measurements, tests).
 
     Raises:
-        LowbitError: shapes, dtypes or devices that do not fit; Triton is missing; CPU tensors without the interpreter.
+        LowbitError: shapes, dtypes or devices that do not fit; what shall run is missing; CPU tensors without the
+            interpreter.
     """
     x2, rows = _check(x, weight, bias)
     n, k = weight.shape
     out_dtype = out_dtype or x.dtype
     if out_dtype not in _OUTPUTS:
         raise LowbitError(f"out_dtype must be float16, bfloat16 or float32, not {out_dtype}")
-    require_device(x.device)
+    if activation not in native.ACTIVATIONS:
+        raise LowbitError(f"activation must be None, relu or gelu, not {activation!r}")
+    if residual is not None and (residual.shape != (*x.shape[:-1], n) or residual.dtype != out_dtype):
+        raise LowbitError(f"residual must be {out_dtype} [{rows}, {n}], not {describe(residual)}")
+    route = _route(route, config, weight, rows, x.device)
     y = torch.empty((rows, n), dtype=out_dtype, device=x.device)
     if rows:
-        config = fit_group(config, weight.group, k) if config else find_config(weight.bits, rows, weight.group, k)
-        if config.block_m <= GEMV_MAX_ROWS < rows or config.block_m == 1 < rows:
-            raise LowbitError(f"a configuration with block_m = {config.block_m} does not serve {rows} rows")
         with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
-            (_gemv if rows <= GEMV_MAX_ROWS and config.block_m <= GEMV_MAX_ROWS else _gemm)(x2, weight, bias, y, config)
-    return y.view(*x.shape[:-1], n)
+            if route == "cuda":
+                fp32 = None if bias is None else bias.float()
+                before = None if residual is None else residual.reshape(rows, n)
+                native.linear(native.whole_rows(x2), weight, fp32, y, before, activation)
+                return y.view(*x.shape[:-1], n)
+            if route == "dense":
+                native.dense(x2, weight, bias, y)
+            else:
+                _triton(x2, weight, bias, y, config)
+    y = y.view(*x.shape[:-1], n)
+    if activation:
+        y = torch.relu(y) if activation == "relu" else torch.nn.functional.gelu(y)
+    return y if residual is None else y + residual
+
+
+def _route(route: str | None, config: KernelConfig | None, weight: GpuWeight, rows: int, device: torch.device) -> str:
+    """The kernel that runs, after checking that it can."""
+    if route is None:
+        route = "triton" if config else serves(weight.bits, max(rows, 1), device)
+    if route not in ROUTE_NAMES:
+        raise LowbitError(f"route must be one of {', '.join(ROUTE_NAMES)}, not {route!r}")
+    if route == "triton":
+        require_device(device)
+    elif device.type != "cuda":
+        raise LowbitError(f"the CUDA kernels run on CUDA tensors, not on {device}")
+    elif native.module() is None:
+        raise LowbitError("the CUDA extension is not built: LOWBIT_CUDA=on pip install -e . (needs nvcc)")
+    return route
+
+
+def _triton(
+    x: torch.Tensor, weight: GpuWeight, bias: torch.Tensor | None, y: torch.Tensor, config: KernelConfig | None
+) -> None:
+    (rows, k), bits = x.shape, weight.bits
+    config = fit_group(config, weight.group, k) if config else find_config(bits, rows, weight.group, k)
+    if config.block_m <= GEMV_MAX_ROWS < rows or config.block_m == 1 < rows:
+        raise LowbitError(f"a configuration with block_m = {config.block_m} does not serve {rows} rows")
+    if config.block_n % BLOCK_ROWS[bits]:
+        raise LowbitError(f"block_n must be a multiple of {BLOCK_ROWS[bits]} at {bits} bits, not {config.block_n}")
+    (_gemv if rows <= GEMV_MAX_ROWS and config.block_m <= GEMV_MAX_ROWS else _gemm)(x, weight, bias, y, config)
 
 
 def _check(x: torch.Tensor, weight: GpuWeight, bias: torch.Tensor | None) -> tuple[torch.Tensor, int]:

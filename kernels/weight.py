@@ -96,7 +96,7 @@ class GpuWeight:
         shape: (N, K); bits: 1, 2, 4 or 8; group: inputs a scale (K for one scale a row).
     """
 
-    __slots__ = ("affine", "bits", "codes", "group", "levels", "scales", "shape", "table")
+    __slots__ = ("affine", "bits", "codes", "group", "levels", "native", "scales", "shape", "table")
 
     def __init__(
         self,
@@ -117,6 +117,7 @@ class GpuWeight:
         _expect("table", table, torch.int8, (2**bits,))
         self.codes, self.scales, self.table = codes.contiguous(), scales.contiguous(), table.contiguous()
         self.shape, self.bits, self.group = (n, k), bits, group
+        self.native = None  # the CUDA extension's view of it, made by native.view()
         self.levels: list[int] = table.tolist()
         self.affine = _affine(self.levels)
         if bits == 8 and self.affine != (1, -128):
@@ -190,6 +191,19 @@ class GpuWeight:
         n, k = self.shape
         levels = self.table.float()[unprepack_codes(self.codes, self.bits, n, k).long()]
         return levels * self.scales[:, :n].float().t().repeat_interleave(self.group, dim=1)[:, :k]
+
+    def dequantize_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows ``ids`` (int64, any shape [...], inside [0, N)) as fp32 [..., K]: what an embedding needs; exact.
+
+        In torch, on any device; on a GPU :func:`lowbit.kernels.native.rows` does the same in one kernel.
+        """
+        k, rows = self.shape[1], BLOCK_ROWS[self.bits]
+        flat = ids.reshape(-1)
+        blocks = self.codes[flat // rows]  # [count, chunks, vectors, 32, 4]
+        codes = unprepack_codes(blocks, self.bits, len(flat) * rows, k).view(-1, rows, k)
+        inside = codes[torch.arange(len(flat), device=flat.device), flat % rows].long()
+        scales = self.scales[:, flat].float().t().repeat_interleave(self.group, dim=1)[:, :k]
+        return (self.table.float()[inside] * scales).view(*ids.shape, k)
 
     def __repr__(self) -> str:
         n, k = self.shape

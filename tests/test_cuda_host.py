@@ -9,7 +9,7 @@ import pytest
 import torch
 from cuda_host import Host, CLinear, CWeight, arrays, build
 
-from lowbit import quantize
+from lowbit import bitpack, quantize
 from lowbit.kernels import GpuWeight
 from lowbit.kernels.weight import prepack_codes, unprepack_codes
 from lowbit.tables import BITS
@@ -35,8 +35,6 @@ def test_the_layout_is_the_one_of_the_kernels(bits, host):
     """torch's prepack against layout.cuh's formula, code by code."""
     n, k = 70, 130
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
-    from lowbit import bitpack
-
     laid = prepack_codes(bitpack.pack_codes(codes, bits), bits, k)
     words = (laid.flatten().long() & 0xFFFFFFFF).tolist()
     seen = set()
@@ -194,13 +192,15 @@ def test_rows_and_panels(bits, table, group, host):
     ids = torch.tensor([69, 0, 33, 33])
     out = torch.full((4, k), torch.nan)
     where = arrays(w.codes, w.scales, ids, out)
-    host.call("host_rows", ctypes.byref(CWeight.of(w)), ids.data_ptr(), ctypes.c_int64(4), out.data_ptr(), *where)
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (ids, out))
+    host.call("host_rows", ctypes.byref(CWeight.of(w)), next(pointers), ctypes.c_int64(4), next(pointers), *where)
     assert torch.equal(out.double(), dense[ids])
     for dtype in DTYPES:
         panel = torch.full((64, 256), torch.nan, dtype=dtype)  # rows 64 .. 127, of which 6 exist
         where = arrays(w.codes, w.scales, panel)
         bf16 = dtype == torch.bfloat16
-        host.call("host_panel", ctypes.byref(CWeight.of(w)), bf16, 64, 64, panel.data_ptr(), *where)
+        where = (ctypes.c_void_p(panel.data_ptr()), *where)
+        host.call("host_panel", ctypes.byref(CWeight.of(w)), bf16, 64, 64, *where)
         assert torch.equal(panel[: n - 64, :k], dense[64:].to(dtype))
         assert not bool(panel[n - 64 :].any()) and bool(torch.isfinite(panel).all())
 

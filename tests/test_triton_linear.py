@@ -83,7 +83,7 @@ def case(bits, table, group, n, k, m, dtype):
     gen = torch.Generator().manual_seed(n * k + m)
     q = quantize(torch.randn(n, k, generator=gen), bits, table, group)
     w = GpuWeight.from_quant_tensor(q)
-    w = GpuWeight(surrounded(w.codes, 255), surrounded(w.scales, torch.nan), w.table.to(DEVICE), w.shape, bits, w.group)
+    w = GpuWeight(surrounded(w.codes, -1), surrounded(w.scales, torch.nan), w.table.to(DEVICE), w.shape, bits, w.group)
     x = torch.full((m, k + 24), torch.nan, dtype=dtype, device=DEVICE)[:, :k]  # rows further apart than K
     x.copy_(torch.randn(m, k, generator=gen))
     return x, w, q.dequantize().double()
@@ -138,7 +138,7 @@ def test_splitting_k(bits, group, block_m, guarded):
     bias = torch.randn(21).half().to(DEVICE)
     for parts in (1, 5, 64):
         x, w, dense = case(bits, None, group, 21, 420, 1 if block_m == 1 else 5, torch.float16)
-        config = KernelConfig(block_m, 16, 128 if group else 64, 4, 2, split_k=parts)
+        config = KernelConfig(block_m, 64, 128 if group else 64, 4, 2, split_k=parts)
         check(linear(x, w, bias, config=config), x, w, dense, bias)
 
 
@@ -183,7 +183,7 @@ def test_no_access_out_of_bounds(bits, table, group, guarded, monkeypatch):
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     watched = Watched(interpreter._interpreter, guarded)
     monkeypatch.setattr(interpreter, "_interpreter", watched)
-    config = KernelConfig(1, 32, 128, 4, 2, split_k=2)
+    config = KernelConfig(1, 64, 128, 4, 2, split_k=2)
     for m in (1, 3, 17):
         x, w, dense = case(bits, table, group, 37, 300, m, torch.float16)  # 5 chunks, in iterations of 2
         bias = torch.randn(37)

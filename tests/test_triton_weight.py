@@ -16,7 +16,7 @@ from lowbit.container import PackedMatrix
 from lowbit.errors import LowbitError
 from lowbit.kernels import GpuWeight, config
 from lowbit.kernels.config import BUCKETS, CONFIGS, KernelConfig, bucket_of, find_config, fit_group, splits
-from lowbit.kernels.weight import prepack_codes, unprepack_codes
+from lowbit.kernels.weight import BLOCK_ROWS, codes_shape, prepack_codes, unprepack_codes
 from lowbit.tables import BITS
 
 
@@ -24,27 +24,32 @@ from lowbit.tables import BITS
 def test_prepack_is_lossless(bits, n, k, seed):
     codes = torch.randint(0, 2**bits, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     laid = prepack_codes(bitpack.pack_codes(codes, bits), bits, k)
-    assert laid.shape == (-(-k // 64), n, 8 * bits)
-    assert torch.equal(unprepack_codes(laid, bits, k), codes)
+    assert laid.shape == codes_shape(n, k, bits) and laid.numel() * 32 == -(-n // 64) * -(-k // 64) * 64 * 64 * bits
+    assert torch.equal(unprepack_codes(laid, bits, n, k), codes)
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_every_code_lies_where_the_diagram_says(bits):
-    n, k, sub = 3, 130, 8 * bits
+def test_every_code_lies_where_the_docstring_says(bits):
+    n, k, block_rows = 70, 130, BLOCK_ROWS[bits]
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
-    laid = prepack_codes(bitpack.pack_codes(codes, bits), bits, k)
-    for i in range(3 * 64):
-        chunk, inside = divmod(i, 64)
-        plane, byte = divmod(inside, sub)
-        found = (laid[chunk, :, byte].int() >> (plane * bits)) & (2**bits - 1)
-        assert torch.equal(found, codes[:, i].int() if i < k else torch.zeros(n, dtype=torch.int32))
+    laid = prepack_codes(bitpack.pack_codes(codes, bits), bits, k).long() & 0xFFFFFFFF
+    for i in range(0, 128, 3):
+        tile, (n8, g) = i % block_rows // 16, divmod(i % 16, 8)
+        for j in range(3 * 64):
+            t, s, h, e = j % 64 // 16, j % 16 // 4, j % 4 // 2, j % 2
+            word, place = divmod(4 * s + 2 * h + n8, 16 // bits)
+            vector, word = divmod(tile * bits + word, 4)
+            stored = int(laid[i // block_rows, j // 64, vector, 4 * g + t, word])
+            u = stored if bits == 8 else (stored >> 2 | stored << 30) & 0xFFFFFFFF
+            found = u >> (bits * place + 16 * e) & (2**bits - 1)
+            assert found == (int(codes[i, j]) if i < n and j < k else 0)
 
 
 def test_row_blocks_do_not_show(monkeypatch):
-    codes = torch.randint(0, 4, (11, 100), dtype=torch.uint8)
+    codes = torch.randint(0, 4, (200, 100), dtype=torch.uint8)
     rows = bitpack.pack_codes(codes, 2)
     whole = prepack_codes(rows, 2, 100)
-    monkeypatch.setattr("lowbit.kernels.weight._ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("lowbit.kernels.weight._CODES_AT_ONCE", 64 * 100)
     assert torch.equal(prepack_codes(rows, 2, 100), whole)
 
 
@@ -57,7 +62,10 @@ def test_dequantizes_exactly(bits, table, group):
     for weight in (GpuWeight.from_quant_tensor(q), GpuWeight.from_packed_matrix(PackedMatrix.from_quant_tensor(q))):
         assert torch.equal(weight.dequantize(), q.dequantize())
         assert (weight.affine is None) == (table == "pow2" and bits == 4)
-        assert weight.nbytes == -(-200 // 64) * 9 * 8 * bits + 2 * q.scale.numel() + 2**bits
+        groups = q.scale.shape[1]
+        assert weight.nbytes == 4 * 64 * 64 * bits // 8 + 2 * groups * 64 + 2**bits
+        ids = torch.tensor([[8, 0], [3, 3]])
+        assert torch.equal(weight.dequantize_rows(ids), q.dequantize()[ids])
         assert weight.to("cpu").shape == (9, 200) and "9x200" in repr(weight)
 
 
@@ -86,8 +94,10 @@ def test_importing_the_package_loads_nothing():
 
 def test_the_config_table_is_complete():
     assert set(CONFIGS) == {(bits, bucket) for bits in BITS for bucket in range(len(BUCKETS))}
-    assert [bucket_of(m) for m in (1, 2, 16, 17, 64, 65, 256, 257, 10**6)] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
-    for (_, bucket), entry in CONFIGS.items():
+    assert [bucket_of(m) for m in (1, 2, 16, 17, 64, 65, 256, 257, 1025)] == [0, 1, 1, 2, 2, 3, 3, 4, 5]
+    assert set(config.ROUTES) == set(CONFIGS) and set(config.ROUTES.values()) <= set(config.ROUTE_NAMES)
+    for (bits, bucket), entry in CONFIGS.items():
+        assert entry.block_n % BLOCK_ROWS[bits] == 0
         gemv = bucket <= bucket_of(config.GEMV_MAX_ROWS)
         assert (entry.block_m >= BUCKETS[bucket]) if gemv else (entry.block_m >= 16 and entry.split_k == 1)
 
@@ -126,3 +136,15 @@ def test_no_split_is_empty(n, k, processors, wanted):
     assert 1 <= parts <= iterations
     bounds = [iterations * s // parts for s in range(parts + 1)]  # as the kernel computes them
     assert bounds[0] == 0 and bounds[-1] == iterations and all(a < b for a, b in pairwise(bounds))
+
+
+@given(
+    bits=st.sampled_from(BITS), tile=st.sampled_from(config.NATIVE_TILES), m=st.integers(1, 300),
+    n=st.integers(1, 60_000), k=st.integers(1, 60_000), processors=st.integers(1, 200),
+)  # fmt: skip
+def test_splits_of_the_cuda_kernels(bits, tile, m, n, k, processors):
+    m = min(m, 16) if tile == 16 else m
+    padded = -(-n // 64) * 64
+    parts = config.native_splits(bits, tile, m, padded, k, processors)
+    assert 1 <= parts <= max(1, min(16, -(-k // 64)))
+    assert config.native_blocks(bits, tile, m, padded) * (32 if tile == 16 and bits == 8 else 64) >= padded // 2

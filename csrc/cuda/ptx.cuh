@@ -11,12 +11,15 @@
 #define LOWBIT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define LOWBIT_PARAM const __grid_constant__
 #define LOWBIT_UNROLL _Pragma("unroll")
+#define LOWBIT_PRAGMA(text) _Pragma(#text)
+#define LOWBIT_UNROLL_BY(count) LOWBIT_PRAGMA(unroll count)
 #else
 #define LOWBIT_HD inline
 #define LOWBIT_DEVICE inline
 #define LOWBIT_KERNEL(threads, blocks) void
 #define LOWBIT_PARAM const
 #define LOWBIT_UNROLL
+#define LOWBIT_UNROLL_BY(count)
 #endif
 
 #include "float16.cuh"

@@ -82,7 +82,9 @@ template <class S>
 LOWBIT_DEVICE void multiply_chunk(const Vec4* stage, const Codebook& book, int warp_n, int warp_m,
                                   float (&sums)[S::kTilesN][S::kTilesM][4]) {
   const int lane = thread_index() % 32;
-  LOWBIT_UNROLL
+  // 128 sums a thread leave no room for what the compiler would load ahead from the second half.
+  [[maybe_unused]] constexpr int kUnrolled = S::kBits > 1 && S::kTilesN * S::kTilesM == 32 ? 1 : 2;
+  LOWBIT_UNROLL_BY(kUnrolled)
   for (int half = 0; half < 2; ++half) {
     Vec4 x[S::kTilesM];
     LOWBIT_UNROLL
