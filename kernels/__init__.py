@@ -9,7 +9,7 @@ package loads neither torch nor Triton; the kernels themselves are loaded by the
     gemm.py      more rows, tensor-core tiles
     config.py    tile sizes and which kernel serves, by (bits, rows): tables, no autotuning
     launch.py    checks, picks a kernel, launches
-    native.py    the host side of the CUDA kernels
+    cuda.py      the host side of the CUDA kernels
     aot.py       compiles without a GPU and reads registers, spills and shared memory back
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import native
+from lowbit.kernels import cuda
 from lowbit.kernels.config import (
     GEMV_MAX_ROWS, REDUCE_BLOCK, ROUTE_NAMES, ROUTES, KernelConfig, bucket_of, find_config, fit_group, splits,
 )  # fmt: skip
@@ -27,7 +27,7 @@ _OUTPUTS = (torch.float16, torch.bfloat16, torch.float32)
 
 def serves(bits: int, rows: int, device: torch.device) -> str:
     """"cuda", "triton" or "dense": which kernel multiplies ``rows`` >= 1 rows by a weight of this width."""
-    if device.type != "cuda" or native.module() is None:
+    if device.type != "cuda" or cuda.module() is None:
         return "triton"
     return ROUTES[bits, bucket_of(rows)]
 
@@ -64,7 +64,7 @@ def linear(
     out_dtype = out_dtype or x.dtype
     if out_dtype not in _OUTPUTS:
         raise LowbitError(f"out_dtype must be float16, bfloat16 or float32, not {out_dtype}")
-    if activation not in native.ACTIVATIONS:
+    if activation not in cuda.ACTIVATIONS:
         raise LowbitError(f"activation must be None, relu or gelu, not {activation!r}")
     if residual is not None and (residual.shape != (*x.shape[:-1], n) or residual.dtype != out_dtype):
         raise LowbitError(f"residual must be {out_dtype} [{rows}, {n}], not {describe(residual)}")
@@ -75,10 +75,10 @@ def linear(
             if route == "cuda":
                 fp32 = None if bias is None else bias.float()
                 before = None if residual is None else residual.reshape(rows, n)
-                native.linear(native.whole_rows(x2), weight, fp32, y, before, activation)
+                cuda.linear(cuda.whole_rows(x2), weight, fp32, y, before, activation)
                 return y.view(*x.shape[:-1], n)
             if route == "dense":
-                native.dense(x2, weight, bias, y)
+                cuda.dense(x2, weight, bias, y)
             else:
                 _triton(x2, weight, bias, y, config)
     y = y.view(*x.shape[:-1], n)
@@ -97,7 +97,7 @@ def _route(route: str | None, config: KernelConfig | None, weight: GpuWeight, ro
         require_device(device)
     elif device.type != "cuda":
         raise LowbitError(f"the CUDA kernels run on CUDA tensors, not on {device}")
-    elif native.module() is None:
+    elif cuda.module() is None:
         raise LowbitError("the CUDA extension is not built: LOWBIT_CUDA=on pip install -e . (needs nvcc)")
     return route
 

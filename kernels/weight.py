@@ -117,7 +117,7 @@ class GpuWeight:
         _expect("table", table, torch.int8, (2**bits,))
         self.codes, self.scales, self.table = codes.contiguous(), scales.contiguous(), table.contiguous()
         self.shape, self.bits, self.group = (n, k), bits, group
-        self.native = None  # the CUDA extension's view of it, made by native.view()
+        self.native = None  # the CUDA extension's view of it, made by cuda.view()
         self.levels: list[int] = table.tolist()
         self.affine = _affine(self.levels)
         if bits == 8 and self.affine != (1, -128):
@@ -195,7 +195,7 @@ class GpuWeight:
     def dequantize_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows ``ids`` (int64, any shape [...], inside [0, N)) as fp32 [..., K]: what an embedding needs; exact.
 
-        In torch, on any device; on a GPU :func:`lowbit.kernels.native.rows` does the same in one kernel.
+        In torch, on any device; on a GPU :func:`lowbit.kernels.cuda.rows` does the same in one kernel.
         """
         k, rows = self.shape[1], BLOCK_ROWS[self.bits]
         flat = ids.reshape(-1)

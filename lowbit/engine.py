@@ -14,6 +14,7 @@ import torch
 from lowbit import ops
 from lowbit.backend import Backend, TorchBackend
 from lowbit.config import ModelConfig
+from lowbit.cuda import CudaBackend
 from lowbit.errors import LowbitError, check_seed
 from lowbit.files import PathLike
 from lowbit.forest import Chain, chains, check_stride, tries, windows
@@ -90,7 +91,7 @@ class Evaluation:
 def load(path: PathLike, device: str = "cpu", compute: str = "int8", threads: int | None = None) -> LanguageModel:
     """Load a full-precision checkpoint or a packed ``.lowbit`` file.
 
-    Packed models run on the native engine, checkpoints on PyTorch; ``describe()["backend"]`` tells which.
+    Packed models run on the native engine or the GPU kernels, checkpoints on PyTorch; ``describe()["backend"]`` tells which.
 
     Args:
         compute: for packed files: activations rounded to "int8" on the fly, or "exact" fp32 activations.
@@ -103,8 +104,10 @@ def load(path: PathLike, device: str = "cpu", compute: str = "int8", threads: in
         ops.set_threads(threads)
         torch.set_num_threads(threads)
     loaded = load_model(path, device, compute)
-    native = loaded.description["kind"] == "packed" and device == "cpu"
-    backend = NativeBackend(loaded.model) if native else TorchBackend(loaded.model, device)
+    if loaded.description["kind"] != "packed":
+        backend = TorchBackend(loaded.model, device)
+    else:
+        backend = NativeBackend(loaded.model) if device == "cpu" else CudaBackend(loaded.model, device)
     return LanguageModel(backend, loaded.model.config, loaded.vocab, loaded.description | {"backend": backend.name})
 
 

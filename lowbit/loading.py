@@ -59,9 +59,9 @@ def _load_checkpoint(path: PathLike, device: str) -> LoadedModel:
     return LoadedModel(model, checkpoint.vocab, description | _common(path, model, device))
 
 
-def _load_packed(path: PathLike, device: str, compute: str) -> LoadedModel:
-    if device != "cpu":
-        raise LowbitError(f"{path}: packed models run on device cpu in this version; load the checkpoint for cuda")
+def _load_packed(path: PathLike, device: str, compute: str, gpu: bool | None = None) -> LoadedModel:
+    """``gpu``: the modules of :mod:`lowbit.gpu_layers`, by default on device cuda; on the CPU they are for tests."""
+    gpu = device == "cuda" if gpu is None else gpu
     with PackedFile(path) as file:
         header, vocab = file.header, file.vocab()
         vectors = {name: file.vector(name) for name in header.config.vector_shapes()}
@@ -69,22 +69,37 @@ def _load_packed(path: PathLike, device: str, compute: str) -> LoadedModel:
         kernels = set()
         # One matrix at a time: re-laid for the kernel, then its canonical codes go before the next one is read.
         for name, matrix in file.matrices():
-            packed = relay(matrix)
+            bias = vectors.pop(f"{name}.bias", None)
+            modules[name], names = (_gpu_module if gpu else _cpu_module)(name, matrix, bias, device, compute)
+            kernels |= names
             del matrix
-            kernels |= {packed.kernel_name(1, compute), packed.kernel_name(_MANY_ROWS, compute)}
-            if name == "embed":
-                modules[name] = QuantEmbedding(packed, compute)
-            else:
-                modules[name] = QuantLinear(packed, vectors.pop(f"{name}.bias", None), compute)
-    model = TransformerLM(header.config, modules)
+    model = TransformerLM(header.config, modules).to(device)
     own = {name: p for name, p in model.named_parameters() if name in vectors}
     with torch.no_grad():
         for name, vector in vectors.items():
             own[name].copy_(vector)
     bits = sorted({m.table.bits for m in header.matrices.values()})
-    description = {"kind": "packed", "precision": "/".join(map(str, bits)) + " bits", "compute": compute}
-    description |= {"kernel": ", ".join(sorted(kernels)), "isa": ops.isa()}
+    description = {"kind": "packed", "precision": "/".join(map(str, bits)) + " bits", "compute": "fp16" if gpu else compute}
+    description |= {"kernel": ", ".join(sorted(kernels)), "isa": "cuda" if gpu else ops.isa()}
     return LoadedModel(model.eval(), vocab, description | _common(path, model, device))
+
+
+def _cpu_module(name, matrix: PackedMatrix, bias, device: str, compute: str) -> tuple[nn.Module, set[str]]:
+    """A matrix of a file as a module, and the kernels that run for one row and for many."""
+    packed = relay(matrix)
+    kernels = {packed.kernel_name(rows, compute) for rows in (1, _MANY_ROWS)}
+    return (QuantEmbedding(packed, compute) if name == "embed" else QuantLinear(packed, bias, compute)), kernels
+
+
+def _gpu_module(name, matrix: PackedMatrix, bias, device: str, compute: str) -> tuple[nn.Module, set[str]]:
+    """As :func:`_cpu_module`, on the GPU kernels: activations are fp16, whatever ``compute``."""
+    from lowbit.gpu_layers import GpuEmbedding, GpuLinear
+    from lowbit.kernels import GpuWeight
+    from lowbit.kernels.launch import serves
+
+    weight = GpuWeight.from_packed_matrix(matrix).to(device)
+    kernels = {f"{serves(weight.bits, rows, weight.device)} {weight.bits}-bit M={rows}" for rows in (1, _MANY_ROWS)}
+    return (GpuEmbedding(weight) if name == "embed" else GpuLinear(weight, bias)), kernels
 
 
 def relay(matrix: PackedMatrix) -> ops.PackedWeight:

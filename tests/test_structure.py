@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["errors"], ["files"], ["streams"], ["tables"], ["bitpack"], ["quantize"], ["config"], ["plan"], ["vocab"],
     ["container_checks"], ["container_header"], ["container"],
-    ["tuning"], ["kernels", "_C", "pages"], ["ops"], ["layers"], ["model"], ["checkpoint"], ["loading"],
-    ["forest"], ["backend"], ["native"], ["state"], ["engine"],
+    ["tuning"], ["kernels", "_C", "pages"], ["ops"], ["layers"], ["gpu_layers"], ["model"], ["checkpoint"], ["loading"],
+    ["forest"], ["backend"], ["native", "cuda"], ["state"], ["engine"],
     ["align"], ["normalize"], ["wer"], ["significance"], ["nbest_record"], ["nbest_json", "nbest_tables", "lattice"],
     ["nbest"], ["transcripts"], ["tune"], ["ngram"], ["weights"], ["rescore"], ["tune_weights"], ["ctc"],
     ["tools"],

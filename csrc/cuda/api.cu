@@ -14,7 +14,7 @@ void linear(const Linear& call, void* stream) {
 
 void rows(const Weight& w, const void* ids, int64_t count, void* out, void* stream) {
   const RowsArgs p = rows_args(w, ids, count, out);
-  launch<&rows_kernel>(dim3(static_cast<unsigned>(count)), kRowsThreads, 0, stream, p, "rows");
+  launch<&rows_kernel<kRowsThreads>>(dim3(static_cast<unsigned>(count)), kRowsThreads, 0, stream, p, "rows");
 }
 
 template <class T>

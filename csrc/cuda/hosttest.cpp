@@ -98,7 +98,7 @@ const char* host_rows(const Weight* w, const void* ids, int64_t n, void* out, co
   return guarded([&] {
     simt::Machine machine = machine_of(arrays, count, 0);
     const RowsArgs p = rows_args(*w, ids, n, out);
-    machine.launch(static_cast<int>(n), 1, kRowsThreads, 0, [&] { rows_kernel(p); });
+    machine.launch(static_cast<int>(n), 1, kRowsThreads, 0, [&] { rows_kernel<kRowsThreads>(p); });
   });
 }
 

@@ -18,9 +18,10 @@ struct RowsArgs {
 constexpr int kRowsThreads = 256;
 
 // One row a block, one input a thread. grid (count)
-LOWBIT_KERNEL(kRowsThreads, 1) rows_kernel(LOWBIT_PARAM RowsArgs p) {
+template <int kThreads>
+LOWBIT_KERNEL(kThreads, 1) rows_kernel(LOWBIT_PARAM RowsArgs p) {
   const int64_t row = block_x(), n = load_global(p.ids + row);
-  for (int k = thread_index(); k < p.k; k += kRowsThreads) {
+  for (int k = thread_index(); k < p.k; k += kThreads) {
     const Place place = place_of(p.bits, n, k, p.chunks);
     const uint32_t code = code_in(p.bits, load_global(p.codes + place.word), place.bit);
     const int level = p.bits == 8 ? static_cast<int>(code) - 128 : p.levels[code];

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command of under 9 minutes: build, test, sanitize, measure.
+#
+#   bench/gpu.sh [--dry-run] [--out runs/gpu]
+#
+# Writes OUT/gpu.json (all figures), OUT/gpu.txt (the tables) and OUT/*.log. --dry-run needs no GPU: it builds with nvcc,
+# runs the kernels' source and Triton's interpreter on the CPU, and makes all inputs up to the first launch. PYTHON names
+# the interpreter (default python3), which needs torch, triton, numpy, pytest, pybind11, cmake and ninja. LOWBIT_CUDA_ARCHS
+# is 90-real by default. Nothing is installed: modules are built in place.
+set -u -o pipefail
+cd "$(dirname "$0")/.."
+root=$PWD dry="" out=runs/gpu python=${PYTHON:-python3} started=$SECONDS status=0
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) dry=--dry-run ;;
+    --out) out=${2:?--out needs a folder}; shift ;;
+    *) sed -n '2,9p' "$0" >&2; exit 2 ;;
+  esac
+  shift
+done
+mkdir -p "$out"
+export LOWBIT_CUDA=on LOWBIT_CUDA_ARCHS=${LOWBIT_CUDA_ARCHS:-90-real} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+# The packages by their installed names, without installing: lowbit.kernels is kernels/, lowbit.tools is tools/.
+site=$PWD/build/gpu-site
+rm -rf "$site" && mkdir -p "$site/lowbit"
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+
+left() { echo $((540 - (SECONDS - started))); }
+# step NAME SECONDS COMMAND...: the end of its log, and what came of it in OUT/steps.
+: > "$out/steps"
+step() {
+  local name=$1 limit=$2 begun=$SECONDS code
+  shift 2
+  [ "$(left)" -lt "$limit" ] && limit=$(left)
+  if [ "$limit" -lt 5 ]; then echo "$name skipped 0" >> "$out/steps"; echo "== $name: no time left"; return 1; fi
+  timeout "$limit" "$@" > "$out/$name.log" 2>&1
+  code=$?
+  tail -n "${LINES_SHOWN:-3}" "$out/$name.log"
+  echo "$name $code $((SECONDS - begun))" >> "$out/steps"
+  echo "== $name: exit $code after $((SECONDS - begun)) s"
+  [ $code -eq 0 ] || status=1
+  return $code
+}
+
+step build 240 "$python" setup.py build_ext --inplace || exit 1
+for f in "$root"/lowbit/*; do ln -sfn "$f" "$site/lowbit/"; done
+ln -sfn "$root/kernels" "$site/lowbit/kernels"
+ln -sfn "$root/tools" "$site/lowbit/tools"
+
+workers=()
+"$python" -c 'import xdist' 2> /dev/null && [ -z "$dry" ] && workers=(-n 8)
+tests=(tests/test_cuda_host.py tests/test_cuda_gpu.py tests/test_cuda_engine.py tests/test_triton_linear.py)
+LINES_SHOWN=4 step tests 150 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}"
+
+if [ -z "$dry" ]; then
+  for tool in memcheck racecheck; do
+    if command -v compute-sanitizer > /dev/null; then
+      step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/gpu_smoke.py
+    else
+      echo "== $tool: compute-sanitizer is not installed"
+      step "smoke-instead-of-$tool" 30 "$python" bench/gpu_smoke.py
+    fi
+  done
+  LINES_SHOWN=12 step engine 90 "$python" bench/gpu_engine.py --out "$out/engine.json"
+  seconds=$(($(left) - 45))
+  LINES_SHOWN=200 step kernels "$((seconds + 40))" "$python" bench/gpu_kernels.py --out "$out/kernels.json" --seconds "$seconds"
+else
+  step engine 90 "$python" bench/gpu_engine.py --dry-run
+  LINES_SHOWN=8 step kernels 60 "$python" bench/gpu_kernels.py --dry-run
+fi
+
+"$python" - "$out" << 'END'
+import json, sys
+from pathlib import Path
+
+out = Path(sys.argv[1])
+steps = [line.split() for line in (out / "steps").read_text().splitlines()]
+result = {"steps": [{"name": n, "exit": e, "seconds": int(s)} for n, e, s in steps]}
+for name in ("engine", "kernels"):
+    path = out / f"{name}.json"
+    result[name] = json.loads(path.read_text()) if path.exists() else None
+(out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+END
+cat "$out"/engine.log "$out"/kernels.log > "$out/gpu.txt" 2> /dev/null
+echo "gpu: $((SECONDS - started)) s; $out/gpu.json"
+exit $status
