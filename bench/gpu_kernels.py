@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from gpu_common import COLD_BYTES, Deadline, ceilings, random_weight, seconds_a_call, worst_error
+from gpu_common import COLD_BYTES, Deadline, ceilings, worst_error
 
 from lowbit.kernels import cuda, linear
 from lowbit.kernels.launch import serves
+from lowbit.kernels.tuned import random_weight, seconds_a_call
 from lowbit.tables import BITS
 
 SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192)]

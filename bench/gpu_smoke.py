@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 
 import torch
-from gpu_common import random_weight, worst_error
+from gpu_common import worst_error
 
 from lowbit.kernels import cuda
 from lowbit.kernels.config import NATIVE_TILES
+from lowbit.kernels.tuned import random_weight
 from lowbit.tables import BITS
 
 

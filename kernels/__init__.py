@@ -9,6 +9,8 @@ package loads neither torch nor Triton; the kernels themselves are loaded by the
     gemm.py      more rows, tensor-core tiles
     config.py    tile sizes and which kernel serves, by (bits, rows): tables, no autotuning
     launch.py    checks, picks a kernel, launches
+    tuned.py     measured choices in place of the tables' defaults: `lowbit tune`
+    decode.py    LayerNorm and attention of one decoding step;   logsumexp.py   a vocabulary's normaliser
     cuda.py      the host side of the CUDA kernels
     aot.py       compiles without a GPU and reads registers, spills and shared memory back
 """

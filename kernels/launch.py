@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import cuda
+from lowbit.kernels import cuda, tuned
 from lowbit.kernels.config import (
     GEMV_MAX_ROWS, REDUCE_BLOCK, ROUTE_NAMES, ROUTES, KernelConfig, bucket_of, find_config, fit_group, splits,
 )  # fmt: skip
@@ -29,6 +29,8 @@ def serves(bits: int, rows: int, device: torch.device) -> str:
     """"cuda", "triton" or "dense": which kernel multiplies ``rows`` >= 1 rows by a weight of this width."""
     if device.type != "cuda" or cuda.module() is None:
         return "triton"
+    if torch.cuda.is_available():
+        tuned.apply_once(device)
     return ROUTES[bits, bucket_of(rows)]
 
 

@@ -45,6 +45,7 @@ STAGES = {
     "rescore": "rescore N-best lists of a speech recogniser",
     "wer": "word error rate with significance tests",
     "tune_cpu": "measure which CPU kernel is fastest from how many rows on, for later runs",
+    "tune": "measure which GPU kernels and tiles are fastest on this machine",
     "reproduce": "run the experiments whose numbers the documentation reports",
     "reproduce_asr": "the word error rates that the documentation reports, models and all",
     "demo": "the whole pipeline in five minutes on the text of this Python's documentation",

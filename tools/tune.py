@@ -1,0 +1,101 @@
+"""`lowbit tune`: measure which GPU kernel and which tiles serve each bit width and number of rows, and keep the result."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lowbit.errors import LowbitError
+from lowbit.tools import cli
+
+_SIZE = (4096, 4096)  # outputs, inputs
+_LARGE = 4096  # rows that stand for "any number"
+_COLD_BYTES = 256 * 2**20
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.parser("tune", "lowbit tune --bits 2 4")
+    p.add_argument("--bits", type=int, nargs="+", choices=(1, 2, 4, 8), default=[1, 2, 4, 8], help="widths to measure")
+    p.add_argument("--out", help="where to write; by default where the kernels look: the user's cache, or LOWBIT_TUNED")
+    return p
+
+
+def body(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from lowbit.files import write_json
+    from lowbit.kernels import tuned
+    from lowbit.kernels.config import BUCKETS
+
+    if not torch.cuda.is_available():
+        raise LowbitError("lowbit tune measures on a CUDA GPU, and PyTorch finds none here")
+    gpu = torch.cuda.get_device_name()
+    say = cli.console(args).print
+    out = args.out or str(tuned.default_path(gpu))
+    choices, times = [], []
+    for bits in cli.track(args.bits, "bit widths"):
+        for bucket, most in enumerate(BUCKETS):
+            rows = most or _LARGE
+            found = sorted(measure(bits, bucket, rows, say), key=lambda f: f[0])
+            seconds, route, config = found[0]
+            triton = next((f[2] for f in found if f[1] == "triton"), config)
+            choices.append(tuned.choice(bits, bucket, route, triton))
+            times.append({"bits": bits, "rows": rows, "us": {f"{r} {c}": s * 1e6 for s, r, c in found}})
+            say(f"{bits} bits, up to {most or 'any number of'} rows: {route}, {seconds * 1e6:.1f} us")
+    result = {"gpu": gpu, "shape": list(_SIZE), "choices": choices, "measured": times}
+    write_json(out, result)
+    say(f"wrote {out}")
+    return result
+
+
+def candidates(bits: int, bucket: int, rows: int) -> Iterator[tuple[str, Any]]:
+    """(route, tiles) worth a measurement: a bounded list."""
+    from lowbit.kernels import cuda
+    from lowbit.kernels.config import CONFIGS, GEMV_MAX_ROWS
+
+    base = CONFIGS[bits, bucket]
+    if cuda.module() is not None:
+        yield "cuda", base
+        if rows >= 256:
+            yield "dense", base
+    seen = []
+    for change in ({}, {"block_n": 128}, {"block_k": 128}, {"stages": 3}, {"warps": 4}, {"warps": 8}, {"block_n": 64}):
+        if rows <= GEMV_MAX_ROWS and change.get("warps") == 8:
+            continue
+        try:
+            config = replace(base, **change)
+        except LowbitError:  # tiles that do not fit
+            continue
+        if config not in seen:
+            seen.append(config)
+            yield "triton", config
+
+
+def measure(bits: int, bucket: int, rows: int, say: Callable[[str], None]) -> Iterator[tuple[float, str, Any]]:
+    """(seconds, route, tiles) of every candidate that this GPU can run; ``say`` is told of the others."""
+    import torch
+
+    from lowbit.kernels import linear
+    from lowbit.kernels.tuned import random_weight, seconds_a_call
+
+    copies = max(1, _COLD_BYTES * 8 // (_SIZE[0] * _SIZE[1] * bits)) if rows <= 64 else 1
+    weights = [random_weight(*_SIZE, bits, None, "cuda", seed) for seed in range(copies)]
+    x = torch.randn(rows, _SIZE[1], device="cuda").half()
+    for route, config in candidates(bits, bucket, rows):
+        tiles = config if route == "triton" else None
+        try:
+            seconds = seconds_a_call([lambda w=w, r=route, t=tiles: linear(x, w, config=t, route=r) for w in weights])
+        except RuntimeError as error:  # a tile that this GPU has no room for: Triton's OutOfResources is one
+            say(f"{route} {config}: {str(error).splitlines()[0][:100]}")
+            continue
+        yield seconds, route, config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(parser(), body, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
