@@ -74,8 +74,13 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=[
-        "lowbit", "lowbit.kernels", "lowbit.tools", "lowbit.tools.demo_parts", "lowbit.tools.search",
-        "lowbit.tools.table_parts", "lowbit.tools.training",
+        "lowbit",
+        "lowbit.kernels",
+        "lowbit.tools",
+        "lowbit.tools.demo_parts",
+        "lowbit.tools.search",
+        "lowbit.tools.table_parts",
+        "lowbit.tools.training",
     ],  # fmt: skip
     package_dir={"lowbit": "lowbit", "lowbit.kernels": "kernels", "lowbit.tools": "tools"},
     package_data={"lowbit.tools": ["configs/*.json", "configs/tables/*.json"]},

@@ -45,7 +45,9 @@ def make_model(config: ModelConfig, path: Path) -> None:
     for name, (n, k) in config.matrix_shapes().items():
         codes = torch.randint(0, 4, (n, k), generator=gen, dtype=torch.uint8)
         scale = ((torch.rand(n, 1, generator=gen) + 0.5) / (2.2 * k**0.5)).half()
-        matrices[name] = PackedMatrix.from_quant_tensor(QuantTensor(codes, table_tensor(table), scale, 2, k, table.name))
+        matrices[name] = PackedMatrix.from_quant_tensor(
+            QuantTensor(codes, table_tensor(table), scale, 2, k, table.name)
+        )
     vectors = {name: 0.02 * torch.randn(shape, generator=gen) for name, shape in config.vector_shapes().items()}
     vectors |= {name: 1 + v for name, v in vectors.items() if "norm" in name and name.endswith("weight")}
     vectors = {name: v.half().float() for name, v in vectors.items()}
@@ -93,16 +95,19 @@ class StaticDecoder(torch.nn.Module):
         return model.logits(model.norm(x))[0, 0].log_softmax(-1)
 
 
-def decode(extend: Callable[[list, int], object], following: Callable[[object], np.ndarray], tokens: int) -> float:
-    """Greedy tokens a second from an empty context, with the distribution on the host each time."""
+def decode(step: Callable[[object, int, int], tuple[object, np.ndarray]], tokens: int) -> float:
+    """Greedy tokens a second from an empty context, with the distribution on the host each time.
+
+    ``step(state, token, position)`` gives the next state and the log-probabilities after it.
+    """
     best = 0.0
     for _ in range(3):
-        blocks, token = [], 0
+        state, token = None, 0
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(tokens):
-            blocks.append(extend(blocks, token))
-            token = int(following(blocks[-1]).argmax())
+        for i in range(tokens):
+            state, log_probs = step(state, token, i)
+            token = int(log_probs.argmax())
         torch.cuda.synchronize()
         best = max(best, tokens / (time.perf_counter() - start))
     return best
@@ -112,20 +117,19 @@ def decoding(lm, twin: TransformerLM) -> dict[str, float | str]:
     """Tokens a second of the engine, and of fp16 PyTorch eager (growing cache) and compiled (static cache)."""
     eager = TorchBackend(twin, "cuda")
     ours = lm.backend
-    a, b = ours.extend([], [3]), eager.extend([], [3])
-    off = float(np.abs(ours.next_log_probs(a) - eager.next_log_probs(b)).max())
+    off = float(np.abs(ours.extend(None, [3], True)[1] - eager.extend(None, [3], True)[1]).max())
     if not off < TOLERANCE:
         raise SystemExit(f"bench: the engine differs from fp16 PyTorch by {off:g} nats")
     found: dict[str, float | str] = {"largest_difference_nats": off}
-    found["lowbit"] = decode(lambda past, t: ours.extend(past, [t]), ours.next_log_probs, TOKENS)
-    found["fp16_eager"] = decode(lambda past, t: eager.extend(past, [t]), eager.next_log_probs, TOKENS)
-    step = ours._step
+    found["lowbit"] = decode(lambda past, t, _: ours.extend(past, [t], True), TOKENS)
+    found["fp16_eager"] = decode(lambda past, t, _: eager.extend(past, [t], True), TOKENS)
+    graph = ours._step._graph
     times = []
     for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(20):
-            step._graph.replay()
+            graph.replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 20)
@@ -135,10 +139,13 @@ def decoding(lm, twin: TransformerLM) -> dict[str, float | str]:
         compiled = torch.compile(static, mode="reduce-overhead")
         with torch.inference_mode():
             where = [torch.tensor([i], device="cuda") for i in range(TOKENS)]
-            run = lambda past, t: compiled(torch.tensor([t], device="cuda"), where[len(past)]).float()  # noqa: E731
-            for _ in range(4):
-                run([], 1)
-            found["fp16_compiled"] = decode(run, lambda y: y.cpu().numpy(), TOKENS)
+
+            def run(state: object, token: int, i: int) -> tuple[object, np.ndarray]:
+                return None, compiled(torch.tensor([token], device="cuda"), where[i]).float().cpu().numpy()
+
+            for i in range(4):
+                run(None, 1, i)
+            found["fp16_compiled"] = decode(run, TOKENS)
     except Exception as error:  # a failed baseline is reported, and the run goes on
         found["fp16_compiled"] = f"failed: {str(error).splitlines()[0][:200]}"
     return found
@@ -194,8 +201,9 @@ def main(argv: list[str] | None = None) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1))
     rate = result["decoding_tokens_per_s"]
-    print(f"decoding: {rate['lowbit']:.0f} tokens/s (a step {rate['lowbit_step_us']:.0f} us), fp16 eager "
-          f"{rate['fp16_eager']:.0f}, compiled {rate['fp16_compiled']}: {rate['lowbit'] / rate['fp16_eager']:.1f}x eager")  # fmt: skip
+    compiled, times = rate["fp16_compiled"], rate["lowbit"] / rate["fp16_eager"]
+    print(f"decoding: {rate['lowbit']:.0f} tokens/s (a step {rate['lowbit_step_us']:.0f} us), {times:.1f}x fp16 eager")
+    print(f"          fp16 eager {rate['fp16_eager']:.0f}, compiled {compiled}")
     score = result["scoring"]
     print(f"scoring: {score['lowbit_hyps_per_s']:.0f} hypotheses/s, fp16 eager {score['fp16_eager_hyps_per_s']:.0f}")
     return 0

@@ -172,7 +172,8 @@ def main(argv: list[str] | None = None) -> int:
         return dry_run()
     torch.backends.cuda.matmul.allow_tf32 = False
     deadline = Deadline(args.seconds)
-    result: dict = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "ceilings": ceilings(), "cases": [],
+    result: dict = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "ceilings": ceilings(),
+                    "cases": [],
                     "baselines": [], "left_out": []}  # fmt: skip
     copy = result["ceilings"]["copy_bytes_per_s"]
     others: dict[tuple[int, int, int], dict] = {}
@@ -212,7 +213,8 @@ def dry_run() -> int:
         assert worst_error(x.float() @ weight.dequantize().t(), x, weight) < 1e-5
         if cuda.module() is not None:
             cuda.view(weight)
-    print(f"dry run: lowbit._CUDA {'is built' if cuda.module() is not None else 'is NOT built'}; the next step is a launch")
+    built = "is built" if cuda.module() is not None else "is NOT built"
+    print(f"dry run: lowbit._CUDA {built}; the next step is a launch")
     return 0
 
 

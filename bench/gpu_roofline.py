@@ -2,9 +2,8 @@
 
     python bench/gpu_roofline.py --arch 80 90 --variants all --out docs/results/gpu_roofline.json
 
-Needs nvcc, a C++ compiler and cuobjdump (Triton brings one). For every kernel: registers, spills, shared memory, blocks a
-multiprocessor (occupancy), instructions of the main loop a weight and lane, tensor-core instructions. GEMV: the share of
-the memory bandwidth at which the issue slots of all schedulers would be full, from the figures in MACHINES; a bound,
+Needs nvcc, a C++ compiler and cuobjdump (Triton has one). For every kernel: registers, spills, shared memory, blocks a
+multiprocessor (occupancy), instructions of the main loop a weight and lane. GEMV: the share of the memory bandwidth at which the issue slots of all schedulers would be full, from the figures in MACHINES; a bound,
 no measurement.
 """
 
@@ -24,14 +23,33 @@ SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 # Multiprocessors, boost clock in Hz, bytes/s of memory (vendor's data sheets), registers and bytes of shared memory a
 # multiprocessor (CUDA programming guide); four schedulers each issue an instruction of a warp a clock.
 MACHINES = {
-    80: {"name": "A100 80GB SXM", "sms": 108, "hz": 1.41e9, "bytes": 2.039e12, "registers": 65536, "shared": 164 * 1024},
+    80: {
+        "name": "A100 80GB SXM",
+        "sms": 108,
+        "hz": 1.41e9,
+        "bytes": 2.039e12,
+        "registers": 65536,
+        "shared": 164 * 1024,
+    },
     90: {"name": "H100 SXM", "sms": 132, "hz": 1.755e9, "bytes": 3.35e12, "registers": 65536, "shared": 228 * 1024},
 }
 FORMATS = [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (8, 0)]  # bits, look-up
 DTYPES = ("Fp16", "Bf16")
 # One of everything that changes the code; what CI has time for.
-SMALL_GEMV = [(1, 0, "Fp16", 1, 1), (2, 1, "Fp16", 1, 0), (4, 0, "Bf16", 2, 1), (8, 0, "Fp16", 2, 0), (4, 0, "Fp16", 1, 0)]
-SMALL_GEMM = [(1, 0, "Fp16", 0, 128), (2, 0, "Fp16", 0, 128), (4, 0, "Fp16", 1, 128), (4, 1, "Bf16", 1, 64), (8, 0, "Fp16", 0, 32)]
+SMALL_GEMV = [
+    (1, 0, "Fp16", 1, 1),
+    (2, 1, "Fp16", 1, 0),
+    (4, 0, "Bf16", 2, 1),
+    (8, 0, "Fp16", 2, 0),
+    (4, 0, "Fp16", 1, 0),
+]
+SMALL_GEMM = [
+    (1, 0, "Fp16", 0, 128),
+    (2, 0, "Fp16", 0, 128),
+    (4, 0, "Fp16", 1, 128),
+    (4, 1, "Bf16", 1, 64),
+    (8, 0, "Fp16", 0, 32),
+]
 
 
 def gemv_shapes(small: bool) -> list[tuple]:
@@ -117,7 +135,9 @@ def compile_kernels(lines: list[tuple[str, str]], arch: int, folder: Path) -> li
     flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{SOURCES}", "-Xptxas", "-v", "-cubin"]
     log = run("nvcc", *flags, str(folder / "kernels.cu"), "-o", str(cubin))
     found = {}
-    pattern = r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers"
+    pattern = (
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers"
+    )
     for name, stack, spilled, registers in re.findall(pattern, log, re.S):
         found[name] = {"registers": int(registers), "stack": int(stack), "spilled": int(spilled)}
     sass = run(cuobjdump(), "-sass", str(cubin))
@@ -190,8 +210,12 @@ def main(argv: list[str] | None = None) -> int:
                 print(
                     f"sm_{arch} {label:38} {entry['registers']:3} registers {entry['spilled']} spilled "
                     f"{entry['shared'] / 1024:5.1f} KiB {entry['blocks_per_sm']} blocks "
-                    f"{entry['in_flight_per_sm'] / 1024:5.0f} KiB in flight {entry['instructions_per_weight']:5.2f} instr/weight"
-                    + (f"  issue bound {entry['issue_bound_share']:4.1f}x bandwidth" if "issue_bound_share" in entry else "")
+                    f"{entry['in_flight_per_sm'] / 1024:5.0f} KiB in flight {entry['instructions_per_weight']:5.2f} a weight"
+                    + (
+                        f"  issue bound {entry['issue_bound_share']:4.1f}x bandwidth"
+                        if "issue_bound_share" in entry
+                        else ""
+                    )
                 )
     if args.out:
         compiler = run("nvcc", "--version").strip().splitlines()[-2]

@@ -1,6 +1,6 @@
 """Every CUDA kernel once, on small ragged matrices, checked against fp64: what compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck python bench/gpu_smoke.py
+compute-sanitizer --tool memcheck python bench/gpu_smoke.py
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def main() -> int:
                         cuda.linear(x, w, torch.zeros(70, device="cuda"), y, splits=splits, tile_m=tile_m)
                         error = worst_error(y, x, w)
                         if not error < 1e-5:
-                            print(f"smoke: wrong result, {error:g}: {bits} bits, group {group}, {dtype}, M {m}, {splits} splits")
+                            print(
+                                f"smoke: wrong result, {error:g}: {bits} bits, group {group}, {dtype}, M {m}, {splits} splits"
+                            )
                             return 1
                         launches += 1
             y = torch.empty((3, 70), dtype=torch.float16, device="cuda")

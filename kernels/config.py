@@ -139,7 +139,7 @@ def native_splits(bits: int, tile_m: int, m: int, padded_rows: int, k: int, proc
     """
     gemv = tile_m == NATIVE_TILES[0]
     warps = (8 if m <= 8 else 4) if gemv else 1  # that divide K inside a block
-    resident = (2 if m <= 8 else 3) if gemv else {32: 3, 64: 2, 128: 2}[tile_m]
+    resident = 2 if gemv else {32: 3, 64: 2, 128: 2}[tile_m]
     slots, chunks = processors * resident, -(-k // 64)
     blocks = native_blocks(bits, tile_m, m, padded_rows)
 

@@ -16,7 +16,15 @@ import torch
 from lowbit.errors import LowbitError
 from lowbit.kernels import cuda, tuned
 from lowbit.kernels.config import (
-    GEMV_MAX_ROWS, REDUCE_BLOCK, ROUTE_NAMES, ROUTES, KernelConfig, bucket_of, find_config, fit_group, splits,
+    GEMV_MAX_ROWS,
+    REDUCE_BLOCK,
+    ROUTE_NAMES,
+    ROUTES,
+    KernelConfig,
+    bucket_of,
+    find_config,
+    fit_group,
+    splits,
 )  # fmt: skip
 from lowbit.kernels.weight import BLOCK_ROWS, GpuWeight
 from lowbit.quantize import describe
@@ -26,7 +34,7 @@ _OUTPUTS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def serves(bits: int, rows: int, device: torch.device) -> str:
-    """"cuda", "triton" or "dense": which kernel multiplies ``rows`` >= 1 rows by a weight of this width."""
+    """ "cuda", "triton" or "dense": which kernel multiplies ``rows`` >= 1 rows by a weight of this width."""
     if device.type != "cuda" or cuda.module() is None:
         return "triton"
     if torch.cuda.is_available():

@@ -8,14 +8,13 @@ residual), captured once and replayed.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from lowbit.backend import Block, TorchBackend
+from lowbit.backend import Block, TorchBackend, check_tokens
 from lowbit.gpu_layers import DTYPE, GpuEmbedding, GpuLinear, rows_of
 from lowbit.kernels import GpuWeight, cuda, linear
 from lowbit.kernels.launch import serves
@@ -31,9 +30,10 @@ class CudaBackend(TorchBackend):
         device: "cuda"; "cpu" runs the same kernels in Triton's interpreter, without a graph (tests).
     """
 
+    name = "cuda"
+
     def __init__(self, model: TransformerLM, device: str = "cuda", token_budget: int = 8192):
         super().__init__(model, device, token_budget)
-        self.name = "cuda"
         self._step: DecodeStep | None = None
         self._lock = threading.Lock()
 
@@ -49,15 +49,17 @@ class CudaBackend(TorchBackend):
         return (logits - log_sum_exp(x, output.weight)[row]).cpu().numpy()
 
     @torch.inference_mode()
-    def extend(self, past: Sequence[Block], tokens: Sequence[int]) -> Block:
+    def extend(
+        self, past: Block | None, tokens: Sequence[int], distribution: bool = False
+    ) -> tuple[Block, np.ndarray | None]:
         if len(tokens) != 1:
-            return super().extend(past, tokens)
-        before = sum(block.length for block in past)
-        self._check(np.asarray(tokens, dtype=np.int64), before)
+            return super().extend(past, tokens, distribution)
+        check_tokens(self.model.config, np.asarray(tokens, dtype=np.int64), past.end + 1 if past else 1)
         with self._lock:
             if self._step is None:
                 self._step = DecodeStep(self.model, self.device)
-            return self._step.run(past, int(tokens[0]))
+            block = self._step.run(past, int(tokens[0]))
+        return block, self.next_log_probs(block) if distribution else None
 
     @torch.inference_mode()
     def next_log_probs(self, block: Block) -> np.ndarray:
@@ -87,7 +89,7 @@ class DecodeStep:
         self._held: list[Block] = []
         self._graph = self._capture() if device.type == "cuda" else None
 
-    def run(self, past: Sequence[Block], token: int) -> Block:
+    def run(self, past: Block | None, token: int) -> Block:
         """The block of ``token`` after ``past``; its data also has the log-probabilities of what follows."""
         at = self._bring(past)
         self.token.fill_(token)
@@ -97,21 +99,27 @@ class DecodeStep:
         else:
             self._graph.replay()
         kv = self.cache[:, :, None, :, at : at + 1].clone()
-        block = Block(1, (kv, self.normed[0, : self.x.shape[1]].float(), self.log_probs.clone()))
+        block = Block(past, at + 1, (kv, self.normed[0, : self.x.shape[1]].float(), self.log_probs.clone()))
         self._held.append(block)
         return block
 
-    def _bring(self, past: Sequence[Block]) -> int:
-        """Make the cache hold ``past``; its length in tokens."""
-        same = 0
-        while same < min(len(past), len(self._held)) and past[same] is self._held[same]:
-            same += 1
-        at = sum(block.length for block in past[:same])
-        for block in past[same:]:
-            self.cache[:, :, :, at : at + block.length] = block.data[0][:, :, 0]
-            at += block.length
-        self._held = list(past)
-        return at
+    def _bring(self, past: Block | None) -> int:
+        """Make the cache hold the path to ``past``; its length in tokens."""
+        path: list[Block] = []
+        if not self._held or past is not self._held[-1]:  # else: the next token of the same path
+            at = past
+            while at is not None:
+                path.insert(0, at)
+                at = at.parent
+            same = 0
+            while same < min(len(path), len(self._held)) and path[same] is self._held[same]:
+                same += 1
+            del self._held[same:], path[:same]
+        for block in path:
+            start = block.parent.end if block.parent else 0
+            self.cache[:, :, :, start : block.end] = block.data[0][:, :, 0]
+            self._held.append(block)
+        return self._held[-1].end if self._held else 0
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Record the step. Run before: kernels are compiled and workspaces made outside of the recording."""
@@ -197,7 +205,9 @@ def fuse(modules: Sequence[GpuLinear]) -> GpuLinear | None:
     """
     weights = [m.weight for m in modules]
     first = weights[0]
-    if any((w.shape, w.bits, w.group, w.levels) != (first.shape, first.bits, first.group, first.levels) for w in weights):
+    if any(
+        (w.shape, w.bits, w.group, w.levels) != (first.shape, first.bits, first.group, first.levels) for w in weights
+    ):
         return None
     codes, scales = torch.cat([w.codes for w in weights]), torch.cat([w.scales for w in weights], dim=1)
     rows, k = first.padded_rows, first.shape[1]

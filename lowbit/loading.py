@@ -79,7 +79,11 @@ def _load_packed(path: PathLike, device: str, compute: str, gpu: bool | None = N
         for name, vector in vectors.items():
             own[name].copy_(vector)
     bits = sorted({m.table.bits for m in header.matrices.values()})
-    description = {"kind": "packed", "precision": "/".join(map(str, bits)) + " bits", "compute": "fp16" if gpu else compute}
+    description = {
+        "kind": "packed",
+        "precision": "/".join(map(str, bits)) + " bits",
+        "compute": "fp16" if gpu else compute,
+    }
     description |= {"kernel": ", ".join(sorted(kernels)), "isa": "cuda" if gpu else ops.isa()}
     return LoadedModel(model.eval(), vocab, description | _common(path, model, device))
 

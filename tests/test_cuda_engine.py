@@ -20,22 +20,26 @@ from lowbit.loading import _load_packed
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 CONFIGS = [
-    ModelConfig(vocab_size=70, d_model=36, n_layers=2, n_heads=2, d_ffn=72, max_len=24, tied=True),
-    ModelConfig(vocab_size=70, d_model=40, n_layers=2, n_heads=2, d_ffn=64, max_len=24, norm="post", activation="relu",
+    ModelConfig(vocab_size=70, d_model=36, n_layers=2, n_heads=2, d_ffn=72, max_len=10, tied=True),
+    ModelConfig(vocab_size=70, d_model=40, n_layers=2, n_heads=2, d_ffn=64, max_len=10, norm="post", activation="relu",
                 position="sinusoidal", tied=False),
-    ModelConfig(vocab_size=33, d_model=32, n_layers=1, n_heads=1, d_ffn=64, max_len=24, position="learned", tied=True),
+    ModelConfig(vocab_size=33, d_model=32, n_layers=1, n_heads=1, d_ffn=64, max_len=10, position="learned", tied=True),
 ]  # fmt: skip
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.norm}-{c.position}")
 def models(request, tmp_path, pack_random):
-    """The same file on the reference and on the GPU modules. fp16 activations differ from fp32 ones by 2^-11 of their
-    size at each of a few roundings a layer: log-probabilities of these small models by well under 0.03."""
+    """The same file on the reference and on the GPU modules."""
     path = tmp_path / "m.lowbit"
     write_packed(path, pack_random(request.param))
     reference = _load_packed(path, "cpu", "exact")
     loaded = _load_packed(path, DEVICE, "int8", gpu=True)
     return TorchBackend(reference.model, "cpu"), CudaBackend(loaded.model, DEVICE), loaded
+
+
+def check(found: np.ndarray, wanted: np.ndarray) -> None:
+    """fp16 activations are off by 2^-11 of their size at each of about 10 roundings: 0.5 % of the largest logit."""
+    assert np.abs(found - wanted).max() <= 0.005 * np.abs(wanted).max()
 
 
 def test_forests(models):
@@ -44,33 +48,38 @@ def test_forests(models):
     size = reference.model.config.vocab_size
     lists = [[gen.integers(2, size, length).tolist() for length in (3, 9, 1)] for _ in range(2)]
     lists[0].append(lists[0][1][:5])  # shares a prefix
-    query, _ = tries(lists, 24, 12)
-    np.testing.assert_allclose(backend.log_probs(query), reference.log_probs(query), atol=0.03)
+    query, _ = tries(lists, 10, 5)
+    check(backend.log_probs(query), reference.log_probs(query))
     assert loaded.description["compute"] == "fp16" and "M=1" in loaded.description["kernel"]
 
 
 def test_decoding(models):
     """Steps along a path, a branch off it, and back: the cache must follow."""
     reference, backend, _ = models
-    paths = {}
-    tree = [("a", []), ("b", ["a"]), ("c", ["a", "b"]), ("d", ["a", "b"]), ("x", []), ("e", ["a", "b", "c"])]
-    for name, past in tree:
-        token = [ord(name) % 31 + 2]
-        blocks = [[paths[p][i] for p in past] for i in range(2)]
-        paths[name] = (reference.extend(blocks[0], token), backend.extend(blocks[1], token))
-        wanted, found = reference.next_log_probs(paths[name][0]), backend.next_log_probs(paths[name][1])
-        np.testing.assert_allclose(found, wanted, atol=0.03, err_msg=name)
-    prefix = [3, 4, 5]  # read at once, then one step
-    wide = (reference.extend([], prefix), backend.extend([], prefix))
-    step = (reference.extend([wide[0]], [6]), backend.extend([wide[1]], [6]))
-    np.testing.assert_allclose(backend.next_log_probs(step[1]), reference.next_log_probs(step[0]), atol=0.03)
+    paths: dict = {None: (None, None)}
+    for name, past in [("a", None), ("b", "a"), ("c", "b"), ("d", "b"), ("x", None), ("e", "c")]:
+        both = [
+            b.extend(before, [ord(name) % 31 + 2], True) for b, before in zip((reference, backend), paths[past])
+        ]  # fmt: skip
+        paths[name] = tuple(block for block, _ in both)
+        check(both[1][1], both[0][1])
+        np.testing.assert_array_equal(backend.next_log_probs(paths[name][1]), both[1][1])
+    # A prefix read at once, one step, then two tokens at once over the step's block.
+    at = (None, None)
+    for tokens in ([3, 4, 5], [6], [7, 8], [9]):
+        both = [b.extend(before, tokens, True) for b, before in zip((reference, backend), at)]
+        at = tuple(block for block, _ in both)
+        check(both[1][1], both[0][1])
 
 
+@pytest.mark.parametrize("models", CONFIGS[2:], indirect=True, ids=["learned"])
 def test_the_language_model_generates(models):
-    _, backend, loaded = models
+    """Beyond the context, where the cache starts anew."""
+    reference, backend, loaded = models
     lm = LanguageModel(backend, backend.model.config, loaded.vocab)
-    text = lm.generate("w1 w2", 30, temperature=0)  # beyond the context: the cache starts anew
-    assert text.startswith("w1 w2") and text == lm.generate("w1 w2", 30, temperature=0)
+    text = lm.generate("w1 w2", 12, temperature=0)
+    assert text.startswith("w1 w2")
+    assert text == LanguageModel(reference, backend.model.config, loaded.vocab).generate("w1 w2", 12, temperature=0)
 
 
 @pytest.mark.parametrize("group", [None, 64])

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cuda_host import Host, CLinear, CWeight, arrays, build
+from cuda_host import CLinear, CWeight, Host, arrays, build
 
 from lowbit import bitpack, quantize
 from lowbit.kernels import GpuWeight
@@ -126,7 +126,7 @@ def test_gemv(bits, table, group, host):
 @pytest.mark.parametrize("tile_m", [32, 64, 128])
 @pytest.mark.parametrize(("bits", "table"), FORMATS, ids=str)
 def test_gemm(bits, table, tile_m, host):
-    """Ragged edges on all sides; groups, splits, dtypes and biases take turns. More chunks than the pipeline has stages."""
+    """Ragged edges on all sides; groups, splits, dtypes and biases take turns. More chunks than stages."""
     turn = FORMATS.index((bits, table)) + tile_m // 32
     m, n, k = {32: (40, 70, 380), 64: (70, 130, 328), 128: (130, 66, 260)}[tile_m]
     w, dense = weight(bits, table, n, k, 64 if turn % 2 else None)

@@ -38,7 +38,7 @@ def test_choices_are_applied(tables, tmp_path):
 def test_a_damaged_file_is_named(text, tables, tmp_path):
     path = tmp_path / "t.json"
     path.write_text(text)
-    with pytest.raises(LowbitError, match="t.json: no file of lowbit tune"):
+    with pytest.raises(LowbitError, match=r"t\.json: no file of lowbit tune"):
         tuned.apply(path, "G")
     assert tables.ROUTES == ROUTES and tables.CONFIGS == CONFIGS
 

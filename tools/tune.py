@@ -1,4 +1,4 @@
-"""`lowbit tune`: measure which GPU kernel and which tiles serve each bit width and number of rows, and keep the result."""
+"""`lowbit tune`: measure which GPU kernel and which tiles serve each bit width and number of rows; keep the result."""
 
 from __future__ import annotations
 

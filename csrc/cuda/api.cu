@@ -23,13 +23,14 @@ void launch_panel(const Weight& w, int first_row, int count, void* out, void* st
   with_format(w, [&](auto bits, auto lookup) {
     constexpr int kBits = decltype(bits)::value;
     constexpr bool kLookup = decltype(lookup)::value;
-    launch<&panel_kernel<kBits, kLookup, T>>(dim3(ceil_div(p.units, kPanelThreads / 32)), kPanelThreads, 0, stream, p,
-                                            "panel");
+    launch<&panel_kernel<kBits, kLookup, T>>(dim3(ceil_div(p.units, kPanelThreads / 32)), kPanelThreads, 0,
+                                             stream, p, "panel");
   });
 }
 
 void panel(const Weight& w, bool bf16, int first_row, int count, void* out, void* stream) {
-  bf16 ? launch_panel<Bf16>(w, first_row, count, out, stream) : launch_panel<Fp16>(w, first_row, count, out, stream);
+  bf16 ? launch_panel<Bf16>(w, first_row, count, out, stream)
+       : launch_panel<Fp16>(w, first_row, count, out, stream);
 }
 
 }  // namespace lowbit::gpu

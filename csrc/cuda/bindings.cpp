@@ -15,8 +15,8 @@ namespace {
 const void* read(std::uintptr_t address) { return reinterpret_cast<const void*>(address); }
 void* write(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-Weight make_weight(std::uintptr_t codes, std::uintptr_t scales, const std::vector<int>& levels, int n, int k, int bits,
-                   int group, bool lookup) {
+Weight make_weight(std::uintptr_t codes, std::uintptr_t scales, const std::vector<int>& levels, int n, int k,
+                   int bits, int group, bool lookup) {
   Weight w{read(codes), read(scales), {}, n, k, bits, group, lookup};
   for (std::size_t i = 0; i < levels.size() && i < 16; ++i) w.levels[i] = static_cast<int8_t>(levels[i]);
   return w;
@@ -30,17 +30,18 @@ PYBIND11_MODULE(_CUDA, m) {
   m.doc() = "CUDA kernels of lowbit; use lowbit.kernels, which checks arguments.";
 
   py::class_<Weight>(m, "Weight", "A view of a matrix in GPU memory (csrc/cuda/layout.cuh); owns nothing.")
-      .def(py::init(&make_weight), py::arg("codes"), py::arg("scales"), py::arg("levels"), py::arg("n"), py::arg("k"),
-           py::arg("bits"), py::arg("group"), py::arg("lookup"));
+      .def(py::init(&make_weight), py::arg("codes"), py::arg("scales"), py::arg("levels"), py::arg("n"),
+           py::arg("k"), py::arg("bits"), py::arg("group"), py::arg("lookup"));
 
   m.def(
       "linear",
       [](const Weight& w, std::uintptr_t x, int64_t x_stride, int rows, bool bf16, std::uintptr_t bias,
-         std::uintptr_t residual, int activation, std::uintptr_t y, int64_t y_stride, bool y_fp32, int tile_m, int splits,
-         std::uintptr_t partial, std::uintptr_t arrived, std::uintptr_t stream) {
+         std::uintptr_t residual, int activation, std::uintptr_t y, int64_t y_stride, bool y_fp32, int tile_m,
+         int splits, std::uintptr_t partial, std::uintptr_t arrived, std::uintptr_t stream) {
         py::gil_scoped_release release;
-        const Linear call{w,        read(x),  read(bias), read(residual), write(y), write(partial), write(arrived), x_stride,
-                          y_stride, rows,     splits,     activation,     bf16,     y_fp32,         tile_m};
+        const Linear call{
+            w,        read(x), read(bias), read(residual), write(y), write(partial), write(arrived), x_stride,
+            y_stride, rows,    splits,     activation,     bf16,     y_fp32,         tile_m};
         linear(call, write(stream));
       },
       "y = residual + activation(x W^T + bias)");

@@ -48,13 +48,14 @@ LOWBIT_HD uint32_t affine_pair(uint32_t word, int i, const Codebook& book) {
   const int window = i * kBits / T::kWindow, j = i % (T::kWindow / kBits), at = T::kFirst + kBits * j;
   const uint32_t mask = ((1u << kBits) - 1u) * 0x00010001u << at;
   const uint32_t turned = rotate_right(word, (32 + rotation(kBits) - T::kFirst + window * T::kWindow) % 32);
-  return fma2(T{}, (turned & mask) | T::kMagic, book.mul[j], book.add[j]);
+  return fma2(T{}, and_or(turned, mask, T::kMagic), book.mul[j], book.add[j]);
 }
 
 // Bytes i and j of `bytes`, minus 128.
 LOWBIT_HD uint32_t pair_of_bytes(Fp16 type, uint32_t bytes, uint32_t i, uint32_t j) {
   constexpr uint32_t kMinus1152 = 0xE480E480u;
-  return fma2(type, permute_bytes(bytes, 0x64646464u, i | 4u << 4 | j << 8 | 4u << 12), Fp16::kOne, kMinus1152);
+  return fma2(type, permute_bytes(bytes, 0x64646464u, i | 4u << 4 | j << 8 | 4u << 12), Fp16::kOne,
+              kMinus1152);
 }
 LOWBIT_HD uint32_t pair_of_bytes(Bf16 type, uint32_t bytes, uint32_t i, uint32_t j) {
   constexpr uint32_t kTwo23 = 0x4B000000u;
@@ -71,7 +72,8 @@ LOWBIT_HD uint32_t lookup_four(uint32_t nibbles, const Codebook& book) {
   } else {
     const uint32_t low = permute_bytes(book.levels[0], book.levels[1], nibbles & 0x7777u);
     const uint32_t high = permute_bytes(book.levels[2], book.levels[3], nibbles & 0x7777u);
-    return permute_bytes(low, high, (nibbles >> 1 & 0x4444u) | 0x3210u);  // byte j of high where bit 3 is set
+    return permute_bytes(low, high,
+                         and_or(nibbles >> 1, 0x4444u, 0x3210u));  // byte j of high where bit 3 is set
   }
 }
 

@@ -28,11 +28,16 @@ void with_format(const Weight& w, const F& f) {
   if (w.lookup && w.bits == 4) return f(Int<4>{}, Bool<true>{});
   if (w.lookup) throw std::runtime_error("only 2 and 4 bits have look-up tables");
   switch (w.bits) {
-    case 1: return f(Int<1>{}, Bool<false>{});
-    case 2: return f(Int<2>{}, Bool<false>{});
-    case 4: return f(Int<4>{}, Bool<false>{});
-    case 8: return f(Int<8>{}, Bool<false>{});
-    default: throw std::runtime_error("bits must be 1, 2, 4 or 8");
+    case 1:
+      return f(Int<1>{}, Bool<false>{});
+    case 2:
+      return f(Int<2>{}, Bool<false>{});
+    case 4:
+      return f(Int<4>{}, Bool<false>{});
+    case 8:
+      return f(Int<8>{}, Bool<false>{});
+    default:
+      throw std::runtime_error("bits must be 1, 2, 4 or 8");
   }
 }
 
@@ -55,7 +60,8 @@ inline bool grouped(const Weight& w) { return w.group < w.k; }
 template <class T, class F>
 void with_gemm_shape(const Linear& call, const F& f) {
   with_format(call.w, [&](auto bits, auto lookup) {
-    with_bool(grouped(call.w), [&](auto kGrouped) { with_gemm_tile<bits, lookup, T, kGrouped>(call.tile_m, f); });
+    with_bool(grouped(call.w),
+              [&](auto kGrouped) { with_gemm_tile<bits, lookup, T, kGrouped>(call.tile_m, f); });
   });
 }
 
@@ -109,7 +115,8 @@ inline RowsArgs rows_args(const Weight& w, const void* ids, int64_t count, void*
   p.ids = static_cast<const int64_t*>(ids);
   p.out = static_cast<float*>(out);
   p.count = count;
-  p.n_padded = padded_rows(w), p.k = w.k, p.chunks = chunks_of(w), p.group_chunks = group_chunks(w), p.bits = w.bits;
+  p.n_padded = padded_rows(w), p.k = w.k, p.chunks = chunks_of(w), p.group_chunks = group_chunks(w),
+  p.bits = w.bits;
   for (int i = 0; i < 16; ++i) p.levels[i] = w.levels[i];
   return p;
 }

@@ -11,13 +11,14 @@ enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2 };
 struct Args {
   const Vec4* codes;       // layout.cuh
   const uint16_t* scales;  // fp16 [groups, n_padded]
-  const uint16_t* x;       // 16-bit floats [m, k], rows x_stride elements apart: 16-byte aligned, zero from k to the
-                           // next multiple of 8
-  const float* bias;       // [n] or null
-  const void* residual;    // [m, n] of y's type and stride, or null; may be y
-  void* y;                 // [m, n] of x's type or fp32, rows y_stride elements apart
-  float* partial;          // [splits, m, n_padded], where splits > 1
-  int* arrived;            // a counter for each tile of y, zero before and after, where splits > 1
+  const uint16_t*
+      x;  // 16-bit floats [m, k], rows x_stride elements apart: 16-byte aligned, zero from k to the
+          // next multiple of 8
+  const float* bias;     // [n] or null
+  const void* residual;  // [m, n] of y's type and stride, or null; may be y
+  void* y;               // [m, n] of x's type or fp32, rows y_stride elements apart
+  float* partial;        // [splits, m, n_padded], where splits > 1
+  int* arrived;          // a counter for each tile of y, zero before and after, where splits > 1
   int64_t x_stride, y_stride;
   int m, n, k;
   int n_padded, chunks;

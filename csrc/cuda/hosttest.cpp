@@ -45,12 +45,14 @@ void run_linear(simt::Machine& machine, const Linear& call) {
   if (call.tile_m <= 16) {
     with_gemv_shape<T>(call, [&](auto shape) {
       using S = decltype(shape);
-      machine.launch(gemv_blocks<S>(p), call.splits, S::kThreads, S::kSharedBytes, [&] { qgemv_kernel<S>(p); });
+      machine.launch(gemv_blocks<S>(p), call.splits, S::kThreads, S::kSharedBytes,
+                     [&] { qgemv_kernel<S>(p); });
     });
   } else {
     with_gemm_shape<T>(call, [&](auto shape) {
       using S = decltype(shape);
-      machine.launch(gemm_blocks<S>(p), call.splits, S::kThreads, S::kSharedBytes, [&] { qgemm_kernel<S>(p); });
+      machine.launch(gemm_blocks<S>(p), call.splits, S::kThreads, S::kSharedBytes,
+                     [&] { qgemm_kernel<S>(p); });
     });
   }
 }
@@ -94,7 +96,8 @@ const char* host_linear(const Linear* call, const Array* arrays, int count, unsi
   });
 }
 
-const char* host_rows(const Weight* w, const void* ids, int64_t n, void* out, const Array* arrays, int count) {
+const char* host_rows(const Weight* w, const void* ids, int64_t n, void* out, const Array* arrays,
+                      int count) {
   return guarded([&] {
     simt::Machine machine = machine_of(arrays, count, 0);
     const RowsArgs p = rows_args(*w, ids, n, out);
@@ -102,10 +105,12 @@ const char* host_rows(const Weight* w, const void* ids, int64_t n, void* out, co
   });
 }
 
-const char* host_panel(const Weight* w, bool bf16, int first_row, int rows, void* out, const Array* arrays, int count) {
+const char* host_panel(const Weight* w, bool bf16, int first_row, int rows, void* out, const Array* arrays,
+                       int count) {
   return guarded([&] {
     simt::Machine machine = machine_of(arrays, count, 0);
-    bf16 ? run_panel<Bf16>(machine, *w, first_row, rows, out) : run_panel<Fp16>(machine, *w, first_row, rows, out);
+    bf16 ? run_panel<Bf16>(machine, *w, first_row, rows, out)
+         : run_panel<Fp16>(machine, *w, first_row, rows, out);
   });
 }
 

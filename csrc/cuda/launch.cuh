@@ -21,13 +21,15 @@ void allow_shared_memory(int bytes) {
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   if (device < kDevices && allowed[device]) return;
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "shared memory of a kernel");
   if (device < kDevices) allowed[device] = true;  // twice, by two threads, does no harm
 }
 
 template <auto* kKernel, class Arguments>
-void launch(dim3 grid, int threads, int shared_bytes, void* stream, const Arguments& arguments, const char* what) {
+void launch(dim3 grid, int threads, int shared_bytes, void* stream, const Arguments& arguments,
+            const char* what) {
   if (shared_bytes > 48 * 1024) allow_shared_memory<kKernel>(shared_bytes);
   kKernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
   check(cudaGetLastError(), what);
@@ -38,7 +40,8 @@ void launch_gemv(const Linear& call, void* stream) {
   const Args p = args_of<T>(call);
   with_gemv_shape<T>(call, [&](auto shape) {
     using S = decltype(shape);
-    launch<&qgemv_kernel<S>>(dim3(gemv_blocks<S>(p), call.splits), S::kThreads, S::kSharedBytes, stream, p, "qgemv");
+    launch<&qgemv_kernel<S>>(dim3(gemv_blocks<S>(p), call.splits), S::kThreads, S::kSharedBytes, stream, p,
+                             "qgemv");
   });
 }
 
@@ -47,7 +50,8 @@ void launch_gemm(const Linear& call, void* stream) {
   const Args p = args_of<T>(call);
   with_gemm_shape<T>(call, [&](auto shape) {
     using S = decltype(shape);
-    launch<&qgemm_kernel<S>>(dim3(gemm_blocks<S>(p), call.splits), S::kThreads, S::kSharedBytes, stream, p, "qgemm");
+    launch<&qgemm_kernel<S>>(dim3(gemm_blocks<S>(p), call.splits), S::kThreads, S::kSharedBytes, stream, p,
+                             "qgemm");
   });
 }
 

@@ -68,8 +68,10 @@ LOWBIT_HD constexpr Place place_of(int bits, int64_t n, int64_t k, int64_t chunk
   const int row = static_cast<int>(n % kTile), in = static_cast<int>(k % kChunk);
   const int lane = row % 8 * 4 + in / 16;
   const int pair = in % 16 / 4 * 4 + in % 4 / 2 * 2 + row / 8;
-  const int word = static_cast<int>(n % block_rows(bits)) / kTile * bits + pair / places(bits);  // of the lane
-  const int64_t vector = vector_index(bits, n / block_rows(bits), k / kChunk, word / kVectorWords, chunks) + lane;
+  const int word =
+      static_cast<int>(n % block_rows(bits)) / kTile * bits + pair / places(bits);  // of the lane
+  const int64_t vector =
+      vector_index(bits, n / block_rows(bits), k / kChunk, word / kVectorWords, chunks) + lane;
   const int bit = pair % places(bits) * bits + in % 2 * 16 + rotation(bits);
   return {vector * kVectorWords + word % kVectorWords, bit % 32};
 }

@@ -30,9 +30,28 @@ struct alignas(16) Vec4 {  // 16 bytes
   uint32_t x[4];
 };
 
-// Rotate right; `by` is a compile-time constant wherever it matters.
-LOWBIT_HD constexpr uint32_t rotate_right(uint32_t w, int by) {
+// Rotate right; `by` is a compile-time constant wherever it matters. In assembly, because the compiler would otherwise
+// make one shift for the bits that do not wrap around and another for those that do.
+LOWBIT_HD uint32_t rotate_right(uint32_t w, int by) {
+#ifdef __CUDA_ARCH__
+  if (by % 32 == 0) return w;
+  uint32_t d;
+  asm("shf.r.wrap.b32 %0, %1, %1, %2;" : "=r"(d) : "r"(w), "r"(by % 32));
+  return d;
+#else
   return by % 32 ? w >> (by % 32) | w << (32 - by % 32) : w;
+#endif
+}
+
+// (w & mask) | bits in one instruction: left to the compiler, two immediate operands become two instructions.
+LOWBIT_HD uint32_t and_or(uint32_t w, uint32_t mask, uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(w), "r"(mask), "r"(bits));
+  return d;
+#else
+  return (w & mask) | bits;
+#endif
 }
 
 // Byte i of the result is byte (selector nibble i) of b:a, a being the low word.

@@ -12,8 +12,8 @@
 namespace lowbit::gpu {
 
 // A block of kWarpsN x kWarpsM warps; a warp has kTilesN tiles of 16 outputs x kTilesM tiles of 8 rows of x.
-template <int kBits_, bool kLookup_, class T_, bool kGrouped_, int kTilesN_, int kTilesM_, int kWarpsN_, int kWarpsM_,
-          int kStages_, int kBlocks_>
+template <int kBits_, bool kLookup_, class T_, bool kGrouped_, int kTilesN_, int kTilesM_, int kWarpsN_,
+          int kWarpsM_, int kStages_, int kBlocks_>
 struct GemmShape {
   using T = T_;
   static constexpr int kBits = kBits_, kTilesN = kTilesN_, kTilesM = kTilesM_, kWarpsN = kWarpsN_;
@@ -56,16 +56,19 @@ LOWBIT_DEVICE void copy_stage(const Args& p, const Tile& tile, int chunk, Vec4* 
     // A tile of 128 outputs may begin in the last 64: the others are not stored.
     const int wanted = tile.n * (S::kRows / kBlockRows) + i / kPer, most = p.n_padded / kBlockRows - 1;
     const int block = wanted < most ? wanted : most;
-    copy_async(stage + S::kUnitsX + i, p.codes + vector_index(S::kBits, block, chunk, 0, p.chunks) + i % kPer, 16);
+    copy_async(stage + S::kUnitsX + i, p.codes + vector_index(S::kBits, block, chunk, 0, p.chunks) + i % kPer,
+               16);
   }
 }
 
 // A lane's words of half a chunk of tile `tile` of a block, from the weights of a stage.
 template <class S>
-LOWBIT_DEVICE void read_words(const Vec4* weights, int tile, int half, uint32_t (&words)[half_words(S::kBits)]) {
+LOWBIT_DEVICE void read_words(const Vec4* weights, int tile, int half,
+                              uint32_t (&words)[half_words(S::kBits)]) {
   constexpr int kWords = half_words(S::kBits);
   const int lane = thread_index() % 32, block = tile / block_tiles(S::kBits);
-  const int at = tile % block_tiles(S::kBits) * S::kBits + (S::kBits > 1 ? half * kWords : 0);  // word of the lane
+  const int at =
+      tile % block_tiles(S::kBits) * S::kBits + (S::kBits > 1 ? half * kWords : 0);  // word of the lane
   const Vec4* vector = weights + (block * vectors(S::kBits) + at / kVectorWords) * 32 + lane;
   if constexpr (kWords == kVectorWords) {
     const Vec4 loaded = load_shared(vector);
@@ -99,7 +102,8 @@ LOWBIT_DEVICE void multiply_chunk(const Vec4* stage, const Codebook& book, int w
       LOWBIT_UNROLL
       for (int step = 0; step < 2; ++step) {
         LOWBIT_UNROLL
-        for (int j = 0; j < S::kTilesM; ++j) mma(typename S::T{}, sums[i][j], a + 4 * step, x[j].x + 2 * step);
+        for (int j = 0; j < S::kTilesM; ++j)
+          mma(typename S::T{}, sums[i][j], a + 4 * step, x[j].x + 2 * step);
       }
     }
   }
@@ -131,13 +135,15 @@ LOWBIT_DEVICE void fold(const Args& p, int chunk, int n_first, float (&sums)[S::
 
 // grid (tiles of y, splits)
 template <class S>
-LOWBIT_KERNEL(S::kThreads, S::kBlocks) qgemm_kernel(LOWBIT_PARAM Args p) {
+LOWBIT_KERNEL(S::kThreads, S::kBlocks)
+qgemm_kernel(LOWBIT_PARAM Args p) {
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   const int warp_n = warp % S::kWarpsN, warp_m = warp / S::kWarpsN;
   const int tiles_m = (p.m + S::kMaxM - 1) / S::kMaxM, tiles_n = (p.n_padded + S::kRows - 1) / S::kRows;
   const Tile tile = tile_of(block_x(), tiles_m, tiles_n);
   const int n_first = tile.n * S::kRows + warp_n * S::kTilesN * kTile;
-  const int begin = part_start(p.chunks, block_y(), grid_y()), end = part_start(p.chunks, block_y() + 1, grid_y());
+  const int begin = part_start(p.chunks, block_y(), grid_y()),
+            end = part_start(p.chunks, block_y() + 1, grid_y());
   Vec4* stages = reinterpret_cast<Vec4*>(shared_memory());
   constexpr int kStageUnits = S::kUnitsX + S::kUnitsW;
 
@@ -185,15 +191,16 @@ LOWBIT_KERNEL(S::kThreads, S::kBlocks) qgemm_kernel(LOWBIT_PARAM Args p) {
       for (int r = 0; r < 4; ++r) {
         const int row = (warp_m * S::kTilesM + j) * 8 + lane % 4 * 2 + r % 2;
         const int column = (warp_n * S::kTilesN + i) * kTile + r / 2 * 8 + lane / 4;
-        store_shared(shared + row * S::kPitch + column, S::kGrouped ? total[S::kGrouped ? i : 0][j][r] : sums[i][j][r]);
+        store_shared(shared + row * S::kPitch + column,
+                     S::kGrouped ? total[S::kGrouped ? i : 0][j][r] : sums[i][j][r]);
       }
     }
   }
   barrier();
   const auto sum = [&](int row, int column) { return load_shared(shared + row * S::kPitch + column); };
   int* last = reinterpret_cast<int*>(shared + S::kMaxM * S::kPitch);
-  write_tile<typename S::T, S::kMaxM, S::kRows, S::kThreads>(p, block_x(), tile.m * S::kMaxM, tile.n * S::kRows,
-                                                            grid_y(), last, sum);
+  write_tile<typename S::T, S::kMaxM, S::kRows, S::kThreads>(p, block_x(), tile.m * S::kMaxM,
+                                                             tile.n * S::kRows, grid_y(), last, sum);
 }
 
 }  // namespace lowbit::gpu

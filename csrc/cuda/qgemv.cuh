@@ -19,10 +19,11 @@ struct GemvShape {
   static constexpr int kRows = kBits == 8 ? 32 : 64;  // outputs a block
   static constexpr int kTiles = kRows / kTile;
   static constexpr int kLoads = kRows / block_rows(kBits) * vectors(kBits);  // 16-byte loads a lane and chunk
-  // Chunks in flight: what 128 (kColumns 1) and 168 registers a thread hold.
-  static constexpr int kDepth = kBits > 2 || kColumns > 1 ? 2 : kLookup || kGrouped ? 3 : 4;
+  // Chunks in flight, as many as the registers hold.
+  static constexpr int kDepth = kBits > 2 || kColumns > 1 ? 2 : kLookup || kGrouped ? 2 : 4;
   static constexpr int kWarps = kColumns == 1 ? 8 : 4, kThreads = 32 * kWarps;
-  static constexpr int kBlocks = kColumns == 1 ? 2 : 3;  // a multiprocessor: 128 and 168 registers a thread
+  // A multiprocessor: 128 registers a thread for one column tile, 168 for two, 255 where those are folded by groups.
+  static constexpr int kBlocks = kColumns == 1 || kGrouped ? 2 : 3;
   static constexpr int kMaxM = 8 * kColumns;
   static constexpr int kPitch = kRows + 4;  // of the sums in shared memory: no bank conflicts
   static constexpr int kSharedBytes = (kWarps * kMaxM * kPitch + 1) * 4;
@@ -35,21 +36,38 @@ struct GemvStage {
   uint16_t scale[S::kGrouped ? S::kTiles : 1][2];
 };
 
-// 16 activations of one row from input k on, zeros past the end.
-LOWBIT_DEVICE void load_x(const Args& p, int row, int k, Vec4 (&out)[2]) {
-  const Vec4* x = reinterpret_cast<const Vec4*>(p.x + row * p.x_stride + k);
+// Where a lane reads next. Chunks are read in order; those of a loop pass lie at constant distances from here.
+template <class S>
+struct GemvCursor {
+  const Vec4* w;  // of the first block of outputs
+  int w_stride;   // to the next block
+  const Vec4* x[S::kColumns];
+  int inputs[S::kColumns];  // left in the row from here on; none for rows past M
+  const uint16_t* scale;    // of output g of the first tile
+  int group_left;           // chunks that still have this scale
+};
+
+template <class S>
+LOWBIT_DEVICE GemvCursor<S> cursor_at(const Args& p, int chunk) {
+  const int lane = thread_index() % 32, block = block_x() * (S::kRows / block_rows(S::kBits));
+  const int k = chunk * kChunk + lane % 4 * 16;
+  GemvCursor<S> at;
+  at.w = p.codes + vector_index(S::kBits, block, chunk, 0, p.chunks) + lane;
+  at.w_stride = static_cast<int>(vector_index(S::kBits, 1, 0, 0, p.chunks));
   LOWBIT_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    out[i] = Vec4{};
-    if (row < p.m && k + 8 * i < p.k) out[i] = load_global(x + i);
+  for (int j = 0; j < S::kColumns; ++j) {
+    const int row = 8 * j + lane / 4;
+    at.x[j] = reinterpret_cast<const Vec4*>(p.x + row * p.x_stride + k);
+    at.inputs[j] = row < p.m ? p.k - k : 0;
   }
+  const int group = chunk / p.group_chunks;
+  at.scale = p.scales + int64_t{group} * p.n_padded + block_x() * S::kRows + lane / 4;
+  at.group_left = (group + 1) * p.group_chunks - chunk;
+  return at;
 }
 
 template <class S>
-LOWBIT_DEVICE void load_scales(const Args& p, int chunk, uint16_t (&scale)[S::kTiles][2]) {
-  const int g = thread_index() % 32 / 4;
-  const int64_t group = chunk / p.group_chunks;
-  const uint16_t* from = p.scales + group * p.n_padded + block_x() * S::kRows + g;
+LOWBIT_DEVICE void load_scales(const uint16_t* from, uint16_t (&scale)[S::kTiles][2]) {
   LOWBIT_UNROLL
   for (int i = 0; i < S::kTiles; ++i) {
     scale[i][0] = load_global(from + i * kTile);
@@ -57,24 +75,43 @@ LOWBIT_DEVICE void load_scales(const Args& p, int chunk, uint16_t (&scale)[S::kT
   }
 }
 
+// The chunk `ahead` of the cursor, zeros for activations past the end.
 template <class S>
-LOWBIT_DEVICE void load_stage(const Args& p, int chunk, GemvStage<S>& stage) {
+LOWBIT_DEVICE void load_stage(const Args& p, GemvCursor<S>& at, int ahead, GemvStage<S>& stage) {
   constexpr int kPer = vectors(S::kBits);
-  const int lane = thread_index() % 32, block = block_x() * (S::kRows / block_rows(S::kBits));
   LOWBIT_UNROLL
   for (int i = 0; i < S::kLoads; ++i) {
-    stage.w[i] = load_stream(p.codes + vector_index(S::kBits, block + i / kPer, chunk, i % kPer, p.chunks) + lane);
+    stage.w[i] = load_stream(at.w + int64_t{i / kPer} * at.w_stride + (ahead * kPer + i % kPer) * 32);
   }
   LOWBIT_UNROLL
   for (int j = 0; j < S::kColumns; ++j) {
-    load_x(p, 8 * j + lane / 4, chunk * kChunk + lane % 4 * 16, stage.x[j]);
+    LOWBIT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      stage.x[j][i] = Vec4{};
+      if (ahead * kChunk + 8 * i < at.inputs[j])
+        stage.x[j][i] = load_global(at.x[j] + ahead * (kChunk / 8) + i);
+    }
   }
-  if constexpr (S::kGrouped) load_scales<S>(p, chunk, stage.scale);
+  if constexpr (S::kGrouped) {
+    load_scales<S>(at.scale, stage.scale);
+    if (--at.group_left == 0) at.group_left = p.group_chunks, at.scale += p.n_padded;
+  }
+}
+
+template <class S>
+LOWBIT_DEVICE void advance(GemvCursor<S>& at) {
+  at.w += S::kDepth * vectors(S::kBits) * 32;
+  LOWBIT_UNROLL
+  for (int j = 0; j < S::kColumns; ++j) {
+    at.x[j] += S::kDepth * (kChunk / 8);
+    at.inputs[j] -= S::kDepth * kChunk;
+  }
 }
 
 // sums[tile][column tile] += levels of the stage's chunk times its activations.
 template <class S>
-LOWBIT_DEVICE void multiply(const GemvStage<S>& stage, const Codebook& book, float (&sums)[S::kTiles][S::kColumns][4]) {
+LOWBIT_DEVICE void multiply(const GemvStage<S>& stage, const Codebook& book,
+                            float (&sums)[S::kTiles][S::kColumns][4]) {
   LOWBIT_UNROLL
   for (int i = 0; i < S::kTiles; ++i) {
     LOWBIT_UNROLL
@@ -99,7 +136,8 @@ LOWBIT_DEVICE void multiply(const GemvStage<S>& stage, const Codebook& book, flo
 }
 
 template <class S>
-LOWBIT_DEVICE void multiply_stage(const Args& p, const GemvStage<S>& stage, float (&total)[S::kTiles][S::kColumns][4]) {
+LOWBIT_DEVICE void multiply_stage(const Args& p, const GemvStage<S>& stage,
+                                  float (&total)[S::kTiles][S::kColumns][4]) {
   if constexpr (!S::kGrouped) {
     multiply<S>(stage, p.book, total);
   } else {
@@ -119,7 +157,8 @@ LOWBIT_DEVICE void multiply_stage(const Args& p, const GemvStage<S>& stage, floa
 
 // grid (n_padded / kRows, splits)
 template <class S>
-LOWBIT_KERNEL(S::kThreads, S::kBlocks) qgemv_kernel(LOWBIT_PARAM Args p) {
+LOWBIT_KERNEL(S::kThreads, S::kBlocks)
+qgemv_kernel(LOWBIT_PARAM Args p) {
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   const int splits = grid_y(), parts = splits * S::kWarps, part = block_y() * S::kWarps + warp;
   const int end = part_start(p.chunks, part + 1, parts);
@@ -127,20 +166,22 @@ LOWBIT_KERNEL(S::kThreads, S::kBlocks) qgemv_kernel(LOWBIT_PARAM Args p) {
 
   float total[S::kTiles][S::kColumns][4] = {};
   uint16_t scale[S::kTiles][2];
-  if constexpr (!S::kGrouped) load_scales<S>(p, 0, scale);
+  GemvCursor<S> at = cursor_at<S>(p, chunk);
+  if constexpr (!S::kGrouped) load_scales<S>(at.scale, scale);
   GemvStage<S> stage[S::kDepth];
   LOWBIT_UNROLL
   for (int d = 0; d < S::kDepth; ++d) {
-    if (chunk + d < end) load_stage<S>(p, chunk + d, stage[d]);
+    if (chunk + d < end) load_stage<S>(p, at, d, stage[d]);
   }
   for (; chunk < end; chunk += S::kDepth) {
     LOWBIT_UNROLL
     for (int d = 0; d < S::kDepth; ++d) {
       if (chunk + d < end) {
         multiply_stage<S>(p, stage[d], total);
-        if (chunk + d + S::kDepth < end) load_stage<S>(p, chunk + d + S::kDepth, stage[d]);
+        if (chunk + d + S::kDepth < end) load_stage<S>(p, at, d + S::kDepth, stage[d]);
       }
     }
+    advance<S>(at);
   }
 
   float* shared = reinterpret_cast<float*>(shared_memory());
@@ -160,11 +201,13 @@ LOWBIT_KERNEL(S::kThreads, S::kBlocks) qgemv_kernel(LOWBIT_PARAM Args p) {
   const auto sum = [&](int row, int column) {
     float value = 0.0f;
     LOWBIT_UNROLL
-    for (int w = 0; w < S::kWarps; ++w) value += load_shared(shared + (w * S::kMaxM + row) * S::kPitch + column);
+    for (int w = 0; w < S::kWarps; ++w)
+      value += load_shared(shared + (w * S::kMaxM + row) * S::kPitch + column);
     return value;
   };
   int* last = reinterpret_cast<int*>(shared + S::kWarps * S::kMaxM * S::kPitch);
-  write_tile<typename S::T, S::kMaxM, S::kRows, S::kThreads>(p, block_x(), 0, block_x() * S::kRows, splits, last, sum);
+  write_tile<typename S::T, S::kMaxM, S::kRows, S::kThreads>(p, block_x(), 0, block_x() * S::kRows, splits,
+                                                             last, sum);
 }
 
 }  // namespace lowbit::gpu

@@ -86,7 +86,8 @@ class Machine {
     const char* at = static_cast<const char*>(p);
     for (const Range& r : arrays_) {
       if (at >= r.begin && at + bytes <= r.end) {
-        if (reinterpret_cast<uintptr_t>(at) % bytes != 0 && (bytes & (bytes - 1)) == 0) fail("misaligned access");
+        if (reinterpret_cast<uintptr_t>(at) % bytes != 0 && (bytes & (bytes - 1)) == 0)
+          fail("misaligned access");
         return;
       }
     }
@@ -94,7 +95,8 @@ class Machine {
   }
   void check_shared(const void* p, size_t bytes) {
     const char *at = static_cast<const char*>(p), *begin = shared();
-    if (at < begin || at + bytes > begin + shared_.size() * sizeof(Vec4)) fail("access outside of shared memory");
+    if (at < begin || at + bytes > begin + shared_.size() * sizeof(Vec4))
+      fail("access outside of shared memory");
     if (bytes == 16) running->accesses.push_back(at - begin);
   }
 
@@ -112,7 +114,8 @@ class Machine {
 
   Thread* running = nullptr;
   int block[2] = {}, grid[2] = {};
-  int64_t wavefronts = 0, ideal_wavefronts = 0;  // of 16-byte shared accesses: 4 a warp when free of conflicts
+  int64_t wavefronts = 0,
+          ideal_wavefronts = 0;  // of 16-byte shared accesses: 4 a warp when free of conflicts
   int64_t mma_count = 0;
 
  private:
@@ -280,7 +283,8 @@ void store_shared(V* p, V value) {
 inline void copy_async(void* shared, const void* global, int bytes) {
   simt::Machine& m = simt::machine();
   m.check_shared(shared, 16);
-  if (bytes < 0 || bytes > 16 || reinterpret_cast<uintptr_t>(global) % 16 != 0) m.fail("bad asynchronous copy");
+  if (bytes < 0 || bytes > 16 || reinterpret_cast<uintptr_t>(global) % 16 != 0)
+    m.fail("bad asynchronous copy");
   if (bytes > 0) m.check(global, static_cast<size_t>(bytes));
   std::memset(shared, 0xFF, 16);
   m.running->open.push_back({static_cast<char*>(shared), static_cast<const char*>(global), bytes});
