@@ -27,7 +27,6 @@ def ceilings() -> dict[str, float]:
     source = torch.empty(2**30, dtype=torch.int32, device="cuda").random_()
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / seconds_a_call([lambda: target.copy_(source)], rounds=2)
-    del source, target
     a, b = (torch.randn(8192, 8192, dtype=torch.float16, device="cuda") for _ in range(2))
     flops = 2 * 8192**3 / seconds_a_call([lambda: a @ b], rounds=4)
     return {"copy_bytes_per_s": copied, "fp16_flop_per_s": flops}

@@ -3,8 +3,8 @@
     python bench/gpu_roofline.py --arch 80 90 --variants all --out docs/results/gpu_roofline.json
 
 Needs nvcc, a C++ compiler and cuobjdump (Triton has one). For every kernel: registers, spills, shared memory, blocks a
-multiprocessor (occupancy), instructions of the main loop a weight and lane. GEMV: the share of the memory bandwidth at which the issue slots of all schedulers would be full, from the figures in MACHINES; a bound,
-no measurement.
+multiprocessor (occupancy), instructions of the main loop a weight and lane. GEMV: the share of the memory bandwidth at
+which the issue slots of all schedulers would be full, from the figures in MACHINES; a bound, no measurement.
 """
 
 from __future__ import annotations
@@ -210,12 +210,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(
                     f"sm_{arch} {label:38} {entry['registers']:3} registers {entry['spilled']} spilled "
                     f"{entry['shared'] / 1024:5.1f} KiB {entry['blocks_per_sm']} blocks "
-                    f"{entry['in_flight_per_sm'] / 1024:5.0f} KiB in flight {entry['instructions_per_weight']:5.2f} a weight"
-                    + (
-                        f"  issue bound {entry['issue_bound_share']:4.1f}x bandwidth"
-                        if "issue_bound_share" in entry
-                        else ""
-                    )
+                    f"{entry['in_flight_per_sm'] / 1024:4.0f} KiB {entry['instructions_per_weight']:5.2f} a weight"
+                    + (f"  issue bound {entry['issue_bound_share']:4.1f}" if "issue_bound_share" in entry else "")
                 )
     if args.out:
         compiler = run("nvcc", "--version").strip().splitlines()[-2]

@@ -30,7 +30,7 @@ def main() -> int:
                         error = worst_error(y, x, w)
                         if not error < 1e-5:
                             print(
-                                f"smoke: wrong result, {error:g}: {bits} bits, group {group}, {dtype}, M {m}, {splits} splits"
+                                f"smoke: wrong, {error:g}: {bits} bits, group {group}, {dtype}, M {m}, {splits} splits"
                             )
                             return 1
                         launches += 1

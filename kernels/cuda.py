@@ -45,7 +45,7 @@ def view(weight: GpuWeight):
 
 
 def whole_rows(x: torch.Tensor) -> torch.Tensor:
-    """x [M, K] as the kernels read it: rows 16-byte aligned, zeros from K to the next multiple of 8; copied if not so."""
+    """x [M, K] as the kernels read it: rows 16-byte aligned, zeros from K to a multiple of 8; copied if not so."""
     k = x.shape[1]
     if k % 8 == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
         return x

@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def load_words(codes, chunk, n_first, n, k, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Words of outputs n_first.. and inputs 64 * chunk..: int32 [BLOCK_N / R, BLOCK_K / 64, words of a block and chunk].
+    """Words of outputs n_first.. and inputs 64 * chunk..: int32 [BLOCK_N / R, BLOCK_K / 64, words of both].
 
     R outputs share words (64, 32, 16, 16 at 1, 2, 4, 8 bits); BLOCK_N and n_first are multiples of it. The words of a
     block and a chunk are one contiguous run. Blocks past N (padded to 64) and chunks past the last one read as 0.

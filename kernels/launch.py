@@ -53,7 +53,7 @@ def linear(
     activation: str | None = None,
     route: str | None = None,
 ) -> torch.Tensor:
-    """``residual + activation(x @ W.T + bias)``: x fp16/bf16 [..., K], W [N, K], bias float [N] -> [..., N], accumulated
+    """``residual + activation(x @ W.T + bias)``: x fp16/bf16 [..., K], W [N, K], bias float [N] -> [..., N], summed
     in fp32.
 
     The result carries no gradient, and is the same in every call with the same arguments on the same GPU model.
@@ -70,7 +70,7 @@ def linear(
             interpreter.
     """
     x2, rows = _check(x, weight, bias)
-    n, k = weight.shape
+    n = weight.shape[0]
     out_dtype = out_dtype or x.dtype
     if out_dtype not in _OUTPUTS:
         raise LowbitError(f"out_dtype must be float16, bfloat16 or float32, not {out_dtype}")

@@ -1,15 +1,15 @@
 """A quantized matrix as the GPU kernels read it, and the pure function that re-lays it from the canonical rows.
 
-The layout is drawn in csrc/cuda/layout.cuh: codes lie in the order of tensor-core fragments, so that a CUDA kernel's lane
-loads its own operands with 16-byte loads and unpacks them without a shuffle. As indices, with N padded to 64 and K to
-chunks of 64 inputs (codes of 0, scales of 0), b bits and the block's outputs R = 64, 32, 16, 16 at b = 1, 2, 4, 8:
+The layout is drawn in csrc/cuda/layout.cuh: codes lie in the order of tensor-core fragments, so that a CUDA kernel's
+lane loads its own operands with 16-byte loads and unpacks them without a shuffle. As indices, with N padded to 64 and K
+to chunks of 64 inputs (codes and scales of 0), b bits and a block's outputs R = 64, 32, 16, 16 at b = 1, 2, 4, 8:
 
     n = R block + 16 tile + 8 n8 + g         k = 64 chunk + 16 t + 4 s + 2 h + e
     lane = 4 g + t                           pair P = 4 s + 2 h + n8 = (16 / b) word + place
     u = code << (b place + 16 e), or-ed      stored: u rotated left by 2 (b < 8)
 
-    codes int32 [N_pad / R, chunks, vectors, 32 lanes, 4]      vectors = 2 at 8 bits, else 1; the last index and `vectors`
-                                                               count the words b tile + word of a lane
+    codes int32 [N_pad / R, chunks, vectors, 32 lanes, 4]      vectors = 2 at 8 bits, else 1; with the last index
+                                                               they count a lane's words b tile + word
 
 A tile of outputs and a chunk is one contiguous run, whatever the bit width; 64 inputs is the grain of `group`, so that
 a chunk never straddles two scales.

@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for GPUs that need not be there: no spills, registers and shared memory that fit, few enough
+"""CUDA kernels compiled for GPUs that need not be there: no spills, registers and shared memory that fit, few enough
 instructions a weight; and what LOWBIT_CUDA asks of the build."""
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def test_unpacking_is_exact(bits, table, dtype, host):
 
 def run(host, w, x, *, tile_m, splits=1, bias=None, residual=None, y_dtype=None, activation=0, seed=0):
     """One launch with y, partial sums and counters in arrays of their exact size, NaN before."""
-    m, (n, k) = x.shape[0], w.shape
+    m, n = x.shape[0], w.shape[0]
     y = torch.full((m, n), torch.nan, dtype=y_dtype or x.dtype)
     if residual is not None:
         y.copy_(residual)  # added in place, as the engine does
@@ -98,7 +98,7 @@ def activations(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def check(y, x, dense, bias=None, residual=None):
-    """|error| <= (K + 16) 2^-23 sum |x w| for fp32 sums of exact products (each addition, tensor cores' included, off by
+    """|error| <= (K + 16) 2^-23 sum |x w| for fp32 sums of exact products (each addition, tensor cores' too, off by
     at most 2^-23 of the sum so far; scales, bias, residual and splits a few more), then half a unit of y's dtype."""
     unit = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[y.dtype]
     x = x[:, : dense.shape[1]].double()
