@@ -41,6 +41,8 @@ class Variant:
         return TABLES[self.table].bits
 
 
+# The kernels that are no matrix products, by name: log-sum-exp at 2 bits, and those of a decoding step.
+OTHERS = ("reduce", "logsumexp", "norm", "attention")
 # One of everything that changes the code (widths, look-up, groups, dtypes, kernels).
 SMALL = (
     Variant("midrise4", 0),
@@ -49,15 +51,18 @@ SMALL = (
     Variant("int8", 2, 0, "bf16"),
     Variant("binary", 3, 64),
     Variant("pow2_4", 4, 64),
-    None,
+    *OTHERS,
 )
-ALL = tuple(
-    Variant(table, bucket, group, dtype)
-    for table in (*(DEFAULT_TABLE[bits] for bits in BITS), "pow2_2", "pow2_4")
-    for bucket in range(len(BUCKETS))
-    for group in (0, 64)
-    for dtype in ("fp16", "bf16")
-) + (None,)
+ALL = (
+    tuple(
+        Variant(table, bucket, group, dtype)
+        for table in (*(DEFAULT_TABLE[bits] for bits in BITS), "pow2_2", "pow2_4")
+        for bucket in range(len(BUCKETS))
+        for group in (0, 64)
+        for dtype in ("fp16", "bf16")
+    )
+    + OTHERS
+)
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ class Usage:
     mma: int
 
 
-def compile_variant(variant: Variant | None, arch: int) -> Usage:
-    """Compile for ``sm_<arch>`` as the launcher would for aligned shapes; None is the reduction of partial sums.
+def compile_variant(variant: Variant | str, arch: int) -> Usage:
+    """Compile for ``sm_<arch>`` as the launcher would for aligned shapes; a string is one of OTHERS.
 
     Raises:
         LowbitError: Triton or its CUDA tools are missing, or Triton runs as an interpreter.
@@ -88,7 +93,7 @@ def compile_variant(variant: Variant | None, arch: int) -> Usage:
         from triton.compiler import ASTSource
     except ImportError as error:
         raise LowbitError(f"compiling kernels needs Triton, which cannot be imported ({error})") from None
-    kernel, constants, kinds, options = _linear(variant) if variant else _reduction()
+    kernel, constants, kinds, options = _linear(variant) if isinstance(variant, Variant) else _other(variant)
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
     if not isinstance(kernel, triton.JITFunction):
         raise LowbitError("TRITON_INTERPRET is set: kernels are interpreted, not compiled")
@@ -97,7 +102,7 @@ def compile_variant(variant: Variant | None, arch: int) -> Usage:
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind != "constexpr" and name not in ("m", "splits")
+        if kind not in ("constexpr", "fp32") and name not in ("m", "splits", "d", "head_dim", "heads")
     }
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -106,12 +111,28 @@ def compile_variant(variant: Variant | None, arch: int) -> Usage:
     return Usage(registers, stack, compiled.metadata.shared, ptx.count("wgmma.mma_async"), ptx.count("mma.sync"))
 
 
-def _reduction() -> tuple:
+def _other(name: str) -> tuple:
     """As :func:`_linear`."""
+    from lowbit.kernels.decode import attention_kernel, norm_kernel
     from lowbit.kernels.gemv import reduce_kernel
+    from lowbit.kernels.logsumexp import logsumexp_kernel
 
-    kinds = {"partial": "*fp32", "bias": "*fp32", "y": "*fp16"}
-    return reduce_kernel, {"HAS_BIAS": True, "BLOCK_N": REDUCE_BLOCK}, kinds, {"enable_fp_fusion": True}
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    if name == "reduce":
+        kinds = {"partial": "*fp32", "bias": "*fp32", "y": "*fp16"}
+        return reduce_kernel, {"HAS_BIAS": True, "BLOCK_N": REDUCE_BLOCK}, kinds, options
+    if name == "norm":
+        kinds = {"x": "*fp32", "weight": "*fp32", "bias": "*fp32", "y": "*fp16", "eps": "fp32"}
+        return norm_kernel, {"WRITE_BACK": False, "BLOCK": 512}, kinds, options
+    if name == "attention":
+        kinds = dict.fromkeys(("q", "k", "v", "cache", "y"), "*fp16")
+        kinds |= {"angles": "*fp32", "position": "*i64", "scale": "fp32"}
+        return attention_kernel, {"ROTARY": True, "BLOCK_D": 64, "BLOCK_S": 64}, kinds, options
+    _, constants, kinds, options = _linear(Variant("midrise2", 2))
+    kinds = {k: v for k, v in kinds.items() if k not in ("y", "out", "bias")} | dict.fromkeys(
+        ("largest", "sums"), "*fp32"
+    )
+    return logsumexp_kernel, constants | {"HAS_BIAS": False}, kinds, options
 
 
 def _linear(variant: Variant) -> tuple:
@@ -163,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         for arch in args.arch:
             for variant in SMALL if args.variants == "small" else ALL:
                 usage = compile_variant(variant, arch)
-                what = asdict(variant) if variant else {"table": "reduce"}
+                what = asdict(variant) if isinstance(variant, Variant) else {"table": variant}
                 print(json.dumps({"arch": arch, **what, **asdict(usage)}), flush=True)
     except LowbitError as error:
         print(f"lowbit: error: {error}", file=sys.stderr)
