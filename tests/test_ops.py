@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from lowbit import LowbitError, get_threads, linear, ops, quantize, set_threads
+from lowbit import LowbitError, linear, ops, quantize
 from lowbit.ops import _C, packed
 from lowbit.quantize import QuantTensor
 
@@ -184,36 +183,6 @@ def test_tiny_and_zero_rows(isa):
     assert torch.equal(linear(torch.zeros(2, 64), q, bias), bias.expand(2, 20))
     assert torch.equal(linear(torch.full((1, 64), 1e-40), q, bias), bias.expand(1, 20))
     assert bool(linear(torch.full((1, 64), 1e-30), q).ne(0).any())
-
-
-def test_calls_from_several_threads(isa):
-    q = random_weight(300, 256, 4, None, 64)
-    inputs = [torch.randn(m, 256) for m in (1, 2, 7, 40) * 6]
-    expected = [linear(x, q) for x in inputs]
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(3):
-            for y, want in zip(pool.map(lambda x: linear(x, q), inputs), expected):
-                assert torch.equal(y, want)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_team_gives_the_same(isa, threads):
-    q, x = random_weight(530, 512, 2, None), torch.randn(70, 512)
-    expected = linear(x, q), linear(x[:1], q), linear(x, q, compute="exact")
-    try:
-        set_threads(threads)
-        assert get_threads() == threads
-        got = linear(x, q), linear(x[:1], q), linear(x, q, compute="exact")
-    finally:
-        set_threads(None)
-    assert all(torch.equal(a, b) for a, b in zip(expected, got))
-
-
-def test_threads_follow_torch_and_are_checked():
-    assert get_threads() <= max(1, torch.get_num_threads())
-    for bad in (0, -1, 1.5, True, "2"):
-        with pytest.raises(LowbitError, match="threads must be a positive integer"):
-            set_threads(bad)
 
 
 def test_copies_are_independent():

@@ -12,6 +12,11 @@ namespace {
 
 std::atomic<int> g_requested{0};
 std::atomic<bool> g_forked{false};
+std::atomic<bool> g_team_taken{false};
+
+// At load, not at the first call: the parent may have used torch's threads only. A child of fork() has none
+// of its parent's workers, and libgomp would wait for them for ever.
+const int g_fork_handler = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
 
 // CPUs that the cgroup lets this process use, rounded up; INT_MAX without a quota.
 int cgroup_cpus() {
@@ -32,10 +37,7 @@ int cgroup_cpus() {
 }  // namespace
 
 int max_threads() {
-  static const int limit = [] {
-    pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
-    return cgroup_cpus();
-  }();
+  static const int limit = cgroup_cpus();
   if (g_forked) return 1;
   const int requested = g_requested;
   if (requested > 0) return requested;
@@ -44,5 +46,11 @@ int max_threads() {
 }
 
 void set_max_threads(int count) { g_requested = count; }
+
+TeamLease::TeamLease() : granted(!g_team_taken.exchange(true, std::memory_order_acquire)) {}
+
+TeamLease::~TeamLease() {
+  if (granted) g_team_taken.store(false, std::memory_order_release);
+}
 
 }  // namespace lowbit

@@ -22,6 +22,18 @@ int max_threads();
 // 0 restores the default.
 void set_max_threads(int count);
 
+// The right to wake the workers. Every calling thread has workers of its own in libgomp, so several callers at
+// once would oversubscribe the cores and spin against each other: the first gets its team, the others work
+// alone.
+class TeamLease {
+ public:
+  TeamLease();
+  ~TeamLease();
+  TeamLease(const TeamLease&) = delete;
+  TeamLease& operator=(const TeamLease&) = delete;
+  const bool granted;
+};
+
 // The member of a team that runs the same function on every thread.
 struct Team {
   int rank, size;
@@ -32,10 +44,15 @@ struct Team {
   }
 };
 
-// f(Team) on `threads` threads, the caller being rank 0. f must not throw.
+// f(Team) on at most `threads` threads, the caller being rank 0. f must not throw, nor call parallel().
 template <class F>
 void parallel(int threads, const F& f) {
   if (threads <= 1) {
+    f(Team{0, 1});
+    return;
+  }
+  const TeamLease lease;
+  if (!lease.granted) {
     f(Team{0, 1});
     return;
   }

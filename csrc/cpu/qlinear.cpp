@@ -11,8 +11,8 @@
 namespace lowbit {
 namespace {
 
-// Below this many multiply-adds a second thread costs more than it brings.
-constexpr int64_t kWorkPerThread = 1 << 16;
+// Multiply-adds that are worth a thread: about what one thread does in the 1.3 us that a region costs.
+constexpr int64_t kWorkPerThread = 1 << 18;
 constexpr int64_t kRowUnit = 32;  // rows that a member gets are a multiple of it
 // Up to this much the caller prepares alone: a barrier costs more than the work.
 constexpr int64_t kSerialPrepare = 1 << 14;  // activations
@@ -90,9 +90,9 @@ LinearPlan plan_linear(const Matrix& w, int64_t m, Compute compute) {
     job.m = m;
     plan.scratch = round_up(set.large.scratch_bytes(job));
   }
-  const int64_t useful = m * w.n * w.k / kWorkPerThread + 1;
+  const int64_t useful = m * w.n * w.k / kWorkPerThread;
   const int available = max_threads();
-  plan.threads = static_cast<int>(useful < available ? useful : available);
+  plan.threads = useful <= 1 ? 1 : static_cast<int>(useful < available ? useful : available);
   return plan;
 }
 
