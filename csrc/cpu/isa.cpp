@@ -58,7 +58,7 @@ bool request_tile_permission() {
 bool cpu_has_amx() {
   const Cpuid seven(7, 0);
   return cpu_has_avx512() && os_saves(0x60000) && has(seven.edx, 24) /* TILE */ &&
-         has(seven.edx, 25) /* INT8 */ && request_tile_permission();
+         has(seven.edx, 25) /* INT8 */ && has(seven.ecx, 1) /* VBMI */ && request_tile_permission();
 }
 
 bool detect(Isa isa) {
