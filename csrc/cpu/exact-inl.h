@@ -1,6 +1,7 @@
 // fp32 activations: y = bias + sum over spans of scale * sum(level * x). The oracle's twin.
 #pragma once
 
+#include "gemm-inl.h"
 #include "gemv-inl.h"
 
 namespace lowbit {
@@ -109,11 +110,6 @@ void exact(const Job& job, Range blocks, Range rows, uint8_t* /*scratch*/) {
       }
     }
   }
-}
-
-template <class S>
-int64_t panel_bytes(const Job& job) {
-  return S::kPanelBlocks * kTileN * job.w.tiles_k() * kTileK;
 }
 
 template <class S, int kBits>
