@@ -19,6 +19,7 @@ namespace {
 constexpr int kChunkTiles = 12;             // two blocks: 24 KiB, half of L1
 constexpr int kShortChunkTiles = 8;         // where a chunk serves one pair of row groups only
 constexpr int64_t kRowBytesInL2 = 1 << 20;  // of activations
+constexpr int64_t kNear = 1 << 20;          // packed weights up to this size stay in L2 from call to call
 constexpr int64_t kMaxRowsAtATime = 1024;
 
 // C 0-3 = [row group][block], A 4-5, B 6-7.
@@ -41,6 +42,30 @@ struct Scratch {
   static int64_t bytes(int64_t pairs) { return 2 * kChunkTiles * kTileBytes + 2 * pairs * kPairBytes; }
   Scratch(uint8_t* at, int64_t pairs)
       : b(at), c(at + 2 * kChunkTiles * kTileBytes), sums(c + pairs * kPairBytes) {}
+};
+
+// Brings the packed bytes of the next chunk to L2 while this one is multiplied, or unpacking would wait for them.
+class Prefetcher {
+ public:
+  // blocks: 1 or 2. steps: how often step() will be called.
+  void start(const Matrix& w, const Chunk& chunk, int blocks, int64_t steps) {
+    at_ = w.tiles + chunk.block * w.block_bytes() + chunk.tile * tile_bytes(w.bits);
+    stride_ = (blocks - 1) * w.block_bytes();
+    left_ = chunk.tiles * vectors_per_tile(w.bits);
+    quota_ = ceil_div(left_, steps);
+  }
+  LOWBIT_INLINE void step() {
+    const int64_t quota = least(quota_, left_);
+    left_ -= quota;
+    for (const uint8_t* end = at_ + quota * kVectorBytes; at_ < end; at_ += kVectorBytes) {
+      _mm_prefetch(at_, _MM_HINT_T1);
+      _mm_prefetch(at_ + stride_, _MM_HINT_T1);
+    }
+  }
+
+ private:
+  const uint8_t* at_ = nullptr;
+  int64_t stride_ = 0, left_ = 0, quota_ = 0;  // lines of a block
 };
 
 // Unpacks a chunk to signed levels.
@@ -217,6 +242,7 @@ void rows_at_once(const Job& job, Range blocks, Range groups, const Scratch& scr
   const Matrix& w = job.w;
   Unpacker<kBits> unpacker(w);
   Folder folder(job);
+  Prefetcher prefetcher;
   const auto width = [&](const Chunk& chunk) { return static_cast<int>(least(2, blocks.end - chunk.block)); };
   const auto unpack_from = [&](int64_t t) {
     for (; t < unpacker.tiles(); ++t) {
@@ -224,15 +250,22 @@ void rows_at_once(const Job& job, Range blocks, Range groups, const Scratch& scr
       unpacker.tile(1, t, scratch.b);
     }
   };
+  const bool far = groups.size() > 2 && blocks.size() * w.block_bytes() > kNear;
   const int64_t most = groups.size() > 2 ? kChunkTiles : kShortChunkTiles;
   Chunk chunk = next(w, Chunk{blocks.begin - 2, w.tiles_k(), 0, 0, false, false}, most);
   unpacker.start(chunk, width(chunk));
   unpack_from(0);
   while (chunk.block < blocks.end) {
     const Chunk following = next(w, chunk, most);
-    if (following.block < blocks.end) unpacker.start(following, width(following));
+    if (following.block < blocks.end) {
+      unpacker.start(following, width(following));
+      if (far) prefetcher.start(w, following, width(following), (groups.size() - 1) / 2 * chunk.tiles);
+    }
     const int64_t quota = ceil_div(kPairRows, chunk.tiles);
-    const auto fold = [&]() LOWBIT_LAMBDA { folder.step(quota); };
+    const auto fold = [&]() LOWBIT_LAMBDA {
+      folder.step(quota);
+      prefetcher.step();
+    };
     for (int64_t group = groups.begin; group < groups.end; group += 2) {
       // Accumulators wait between the chunks of a span; else all pairs share those of the first, in L1.
       const int64_t at = (group - groups.begin) / 2 * kPairBytes;

@@ -18,12 +18,6 @@ LOWBIT_INLINE const float* tile_inputs(const float* row, int64_t tile, int64_t k
   return buffer;
 }
 
-// The same tile of the next row: each activation is read from memory once, so the hint keeps it out of the cache that
-// kernels need (L2, for outputs).
-LOWBIT_INLINE void prefetch_once(const float* x) {
-  unroll<4>([&](auto i) LOWBIT_LAMBDA { __builtin_prefetch(x + 16 * i, 0, 0); });
-}
-
 template <class S>
 LOWBIT_INLINE float max_magnitude(const float* row, Range tiles, int64_t k) {
   typename S::I32 top = S::zero_i32();
@@ -50,7 +44,6 @@ void quantize_rows(const Job& job, Range rows) {
       for (int64_t t = tiles.begin; t < tiles.end; ++t) {
         alignas(kAlign) float buffer[kTileK];
         const float* x = tile_inputs(row, t, w.k, buffer);
-        prefetch_once(row + job.x_stride + t * kTileK);
         int8_t* q = job.act.at(m, t);
         unroll<4>([&](auto i) LOWBIT_LAMBDA {
           sum = S::add(sum, S::round_store(S::mul(S::load_f32(x + 16 * i), inverse), q + 16 * i));
