@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--epochs", type=float, help="override the configuration's epochs")
     p.add_argument("--seed", type=int, help="override the configuration's seed")
     p.add_argument("--lr", type=float, help="override the configuration's peak learning rate")
+    p.add_argument("--warmup", type=int, metavar="STEPS", help="override the configuration's warm-up")
     p.add_argument("--dropout-scale", type=float, default=1.0, metavar="F", help="factor on every dropout rate")
     p.add_argument("--init", metavar="FILE", help="start from this full-precision checkpoint's weights and vocabulary")
     p.add_argument("--distill", type=float, default=0.0, metavar="L",
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 def body(args: argparse.Namespace) -> dict[str, Any]:
     args.stage = "train"
     config = TrainConfig.find(args.config)
-    overrides = {k: getattr(args, k) for k in ("epochs", "seed", "lr") if getattr(args, k) is not None}
+    overrides = {k: getattr(args, k) for k in ("epochs", "seed", "lr", "warmup") if getattr(args, k) is not None}
     config = replace(config, **overrides, dropout=config.dropout.scaled(args.dropout_scale))
     init = None if args.init is None else Checkpoint.load(args.init)
     if not 0 <= args.distill <= 1 or (args.distill and init is None):

@@ -15,6 +15,7 @@ from lowbit.tools.search.choices import choice_name
 from lowbit.tools.table_parts.config import TableConfig
 from lowbit.tools.table_parts.paired import compare, perplexity_interval
 from lowbit.tools.table_parts.rows import SEARCHED, RowSpec, first_rows, headline_rows, plans
+from lowbit.tools.training.admm_options import AdmmOptions
 from lowbit.tools.training.config import TrainConfig, config_file
 from lowbit.tools.training.data import corpus_file
 
@@ -92,7 +93,7 @@ class Table:
         if spec.kind == "train":
             out = self._path(f"{name}.safetensors")
             argv = ["--data", self.data, "--config", self.config.train, "--init", fp, "--out", out]
-            argv += [*self._training(spec, seed), *spec.options]
+            argv += [*self._training(spec, seed), "--warmup", str(AdmmOptions().warmup), *spec.options]
             result = self.pipeline.run(f"train-{name}", "train", argv, [fp, *self._corpus()], [out])
             self.seconds[name] = result["seconds"]
             return out
