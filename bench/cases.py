@@ -73,8 +73,9 @@ def variants(quick: bool, isas: list[str]) -> list[Cell]:
             if b in (2, 4):
                 cells.append(Cell(4096, 4096, b, m, table="pow2"))
         for isa in ("avx2", "avx512", "neon", "scalar"):
-            if isa in isas and isa != isas[-1] and (isa != "scalar" or b == 4):
+            if isa in isas and isa != isas[-1]:
                 cells += [Cell(4096, 4096, b, 1, cold=True, isa=isa)]
+            if isa in ("avx2", "avx512") and isa in isas:
                 cells += [Cell(n, k, b, 256, isa=isa) for n, k in ((4096, 4096), (2048, 512), (512, 2048))]
     if not quick:  # time(M) between the grid's rows
         cells += [Cell(4096, 4096, b, m) for b in BITS for m in range(2, 17) if m not in ROWS]

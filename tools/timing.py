@@ -51,7 +51,8 @@ def repeats(call: Call, sample: float) -> int:
 
 def seconds_a_call(call: Call, count: int) -> float:
     time.sleep(REST)
-    call()  # wakes the workers and brings back what the others drove out of the caches
+    if count > 1:
+        call()  # wakes the workers and brings back what the others drove out of the caches; long calls hide that
     start = time.perf_counter()
     for _ in range(count):
         call()
