@@ -68,10 +68,9 @@ def variants(quick: bool, isas: list[str]) -> list[Cell]:
     bits = (4,) if quick else BITS
     cells = [Cell(4096, 4096, 4, 1, cold=True, compute="exact")]
     for b in bits:
-        for m in (1, 256):
-            cells.append(Cell(4096, 4096, b, m, group=128))
-            if b in (2, 4):
-                cells.append(Cell(4096, 4096, b, m, table="pow2"))
+        cells += [Cell(4096, 4096, b, m, group=128) for m in (1, 256)]
+        if b in (2, 4):
+            cells += [Cell(4096, 4096, b, m, table="pow2") for m in (1, 256)]
         for isa in ("avx2", "avx512", "neon", "scalar"):
             if isa in isas and isa != isas[-1]:
                 cells += [Cell(4096, 4096, b, 1, cold=True, isa=isa)]
