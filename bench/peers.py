@@ -153,9 +153,13 @@ class OnnxRuntime:
         model = helper.make_model(graph, opset_imports=sets, ir_version=9)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self.session: Any = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        onnxruntime.set_default_logger_severity(4)  # what it cannot do, the exception says
+        try:
+            self.session: Any = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except onnxruntime.capi.onnxruntime_pybind11_state.Fail:
+            raise Absent(f"version {onnxruntime.__version__} has no {bits}-bit product") from None
 
     def call(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         run, feed = self.session.run, {"x": x.numpy()}
