@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -104,6 +105,4 @@ def check(cell: Cell, weight: PackedWeight, x: torch.Tensor, w: torch.Tensor) ->
 def copies(weight: PackedWeight) -> list[PackedWeight]:
     """So many copies that a walk over all of them leaves nothing in any cache."""
     count = -(-COLD_BYTES // weight.nbytes)
-    tiles = weight.tiles.expand(count, *weight.tiles.shape).contiguous()
-    more = (weight.table, weight.shape, weight.bits, weight.group, weight.span)
-    return [PackedWeight(t, weight.scales, *more) for t in tiles]
+    return [weight, *(copy.deepcopy(weight) for _ in range(count - 1))]
