@@ -103,20 +103,41 @@ int64_t span_of(int64_t k, int64_t group) {
   return group / parts;
 }
 
+namespace {
+
+// Inputs [begin, end) of an output whose codes lie in `words`, one 32-bit word a vector; begin is a multiple of a tile.
+template <int kBits>
+void dequantize_span(const uint8_t* words, const float* levels, int64_t begin, int64_t end, float* out) {
+  constexpr int kInputs = 4 * positions(kBits), kMask = (1 << kBits) - 1;
+  for (int64_t k = begin; k < end; k += kInputs) {
+    uint32_t word;
+    std::memcpy(&word, words + k / kInputs * kVectorBytes, 4);
+    const auto value = [&](int i) { return levels[word >> (i % 4 * 8 + i / 4 * kBits) & kMask]; };
+    if (end - k >= kInputs) {
+      for (int i = 0; i < kInputs; ++i) out[k + i] = value(i);
+    } else {
+      for (int i = 0; i < end - k; ++i) out[k + i] = value(i);
+    }
+  }
+}
+
+}  // namespace
+
 void dequantize_rows(const Matrix& w, const int64_t* ids, int64_t count, float* out) {
-  const int per_vector = positions(w.bits), mask = (1 << w.bits) - 1;
+  const auto span = w.bits == 1   ? dequantize_span<1>
+                    : w.bits == 2 ? dequantize_span<2>
+                    : w.bits == 4 ? dequantize_span<4>
+                                  : dequantize_span<8>;
+  const int codes = 1 << w.bits;
   for (int64_t i = 0; i < count; ++i, out += w.k) {
     const int64_t block = ids[i] / kTileN, lane = ids[i] % kTileN;
-    const uint8_t* vectors = w.tiles + block * w.block_bytes() + 4 * lane;
     const uint16_t* scale = w.scales + block * w.spans() * kTileN + lane;
     for (int64_t first = 0; first < w.k; first += w.span, scale += kTileN) {
       const float s = half_to_float(*scale);
+      float levels[256];
+      for (int c = 0; c < codes; ++c) levels[c] = s * static_cast<float>(level_of(w, c));
       const int64_t end = first + w.span < w.k ? first + w.span : w.k;
-      for (int64_t k = first; k < end; ++k) {
-        const int64_t row = k / 4;
-        const uint8_t byte = vectors[row / per_vector * kVectorBytes + k % 4];
-        out[k] = s * static_cast<float>(level_of(w, byte >> (row % per_vector * w.bits) & mask));
-      }
+      span(w.tiles + block * w.block_bytes() + 4 * lane, levels, first, end, out);
     }
   }
 }

@@ -183,44 +183,41 @@ def chains(rows: Iterable[Chain]) -> Query:
 
 
 class _TrieBuilder:
+    """Grows a forest path by path; everything is a list, since Python appends to those fastest."""
+
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.parents: list[int] = []
-        self.nodes: list[int] = []
+        self.nodes: list[int] = []  # of requests
         self.targets: list[int] = []
-        self.children: dict[tuple[int, int], int] = {}
-        self.requests: dict[tuple[int, int], int] = {}
 
-    def node(self, parent: int, token: int) -> int:
-        self.tokens.append(token)
+    def add_chain(self, parent: int, tokens: Sequence[int]) -> int:
+        """Nodes one below another; returns the last."""
+        if not tokens:
+            return parent
+        first = len(self.tokens)
+        self.tokens += tokens
         self.parents.append(parent)
-        return len(self.tokens) - 1
+        self.parents += range(first, first + len(tokens) - 1)
+        return first + len(tokens) - 1
 
-    def request(self, node: int, target: int) -> int:
-        index = self.requests.setdefault((node, target), len(self.nodes))
-        if index == len(self.nodes):
-            self.nodes.append(node)
-            self.targets.append(target)
-        return index
-
-    def add_path(self, root: int, words: Sequence[int]) -> list[int]:
-        """Requests of one hypothesis, end of sentence included; nodes that exist are shared."""
-        path, at = [], root
-        for word in words:
-            path.append(self.request(at, word))
-            child = self.children.get((at, word))
-            if child is None:
-                child = self.children[at, word] = self.node(at, word)
-            at = child
-        return [*path, self.request(at, EOS_ID)]
+    def add_words(self, parent: int, words: Sequence[int]) -> list[int]:
+        """A chain whose every word is asked for after its parent, and then ``</s>``; returns the requests."""
+        first, asked = len(self.tokens), len(self.nodes)
+        self.add_chain(parent, words)
+        self.nodes.append(parent)
+        self.nodes += range(first, first + len(words))
+        self.targets += words
+        self.targets.append(EOS_ID)
+        return list(range(asked, len(self.nodes)))
 
     def add_window(self, chain: Chain) -> list[int]:
-        at, path, first = -1, [], len(chain.inputs) - len(chain.targets)
-        for i, token in enumerate(chain.inputs.tolist()):
-            at = self.node(at, token)
-            if i >= first:
-                path.append(self.request(at, int(chain.targets[i - first])))
-        return path
+        """A chain of its own whose last tokens are asked for."""
+        last = self.add_chain(-1, chain.inputs.tolist())
+        asked = len(self.nodes)
+        self.nodes += range(last + 1 - len(chain.targets), last + 1)
+        self.targets += chain.targets.tolist()
+        return list(range(asked, len(self.nodes)))
 
 
 def tries(
@@ -229,7 +226,7 @@ def tries(
     stride: int,
     max_nodes: int = 512,
     contexts: Iterable[Sequence[int]] | None = None,
-) -> tuple[Query, list[list[np.ndarray]]]:
+) -> tuple[Query, list[list[list[int]]]]:
     """One trie per N-best list: shared prefixes once, duplicates collapse.
 
     Args:
@@ -240,31 +237,40 @@ def tries(
         max_nodes: a trie that would grow beyond this is continued in another one; bounds the attention mask.
 
     Returns:
-        the query, and for every utterance and hypothesis the requests (int64 [words + 1]) whose sum is its log P.
+        the query, and for every utterance and hypothesis the requests (``words + 1``) whose sum is its log P.
     """
     builder, paths = _TrieBuilder(), []
     for hyps, context in zip(lists, itertools.repeat(()) if contexts is None else contexts):
         longest = max((len(words) for words in hyps if len(words) < max_len), default=0)
         prefix = (EOS_ID, *context, EOS_ID)[longest - max_len :] if len(context) else (EOS_ID,)
-        found: dict[tuple[int, ...], np.ndarray] = {}
-        root = None
-        # Sorted, so that the hypotheses which share a prefix fall into the same part of a divided trie.
-        for words in sorted(map(tuple, hyps)):
-            if words in found:
-                continue
+        found: dict[tuple[int, ...], list[int]] = {}
+        root, before, requests, above = None, (), [], []
+        # Sorted, so that a hypothesis shares with the one before it all that it shares with any.
+        for words in sorted(set(map(tuple, hyps))):
             if len(words) + 1 > max_len:
                 rows = windows((EOS_ID, *words, EOS_ID), max_len, stride)
-                found[words] = np.array([r for row in rows for r in builder.add_window(row)])
+                found[words] = [r for row in rows for r in builder.add_window(row)]
                 continue
             if root is None or len(builder.tokens) - root + len(words) > max_nodes:
-                # A node index is part of every key, so nodes of finished tries are never found again.
-                root = top = len(builder.tokens)
-                for token in prefix:
-                    top = builder.node(-1 if len(builder.tokens) == root else top, token)
-            found[words] = np.array(builder.add_path(top, words))
+                root = len(builder.tokens)
+                before, requests, above = (), [], [builder.add_chain(-1, prefix)]
+            shared = _shared(before, words)
+            first = len(builder.tokens)
+            # above[i]: the node that word i of the hypothesis hangs on; requests[i] asks for it there.
+            requests = requests[:shared] + builder.add_words(above[shared], words[shared:])
+            above = above[: shared + 1] + list(range(first, len(builder.tokens)))
+            found[words], before = requests, words
         paths.append([found[tuple(words)] for words in hyps])
     forest = Forest(np.array(builder.tokens, np.int32), np.array(builder.parents, np.int32))
     return Query(forest, np.array(builder.nodes), np.array(builder.targets)), paths
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,15 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
 
 #include "parallel.h"
 
 namespace lowbit {
 namespace {
+
+constexpr int64_t kWorthAForward = 32;  // nodes: fewer would leave the matrix kernels' panels empty
 
 // One team at a time: forwards of several callers that share the cores would only wait at each other's barriers.
 std::mutex g_team;
@@ -43,56 +47,93 @@ Engine::Engine(Model model, int64_t token_budget)
       token_budget_(token_budget),
       cache_(std::make_shared<KvCache>(static_cast<int64_t>(model_.layers.size()), model_.d)) {}
 
-void Engine::run(const Batch& batch, const Frame& frame) {
+void Engine::run_team(const Batch& batch, const Frame& frame) const {
   std::unique_lock<std::mutex> lock(g_team, std::defer_lock);
   if (frame.threads > 1) lock.lock();
   forward(model_, batch, frame);
 }
 
-Frame Engine::lay_out_in(const Batch& batch, Workspace& ws) const {
+Frame Engine::lay_out_in(const Batch& batch, int threads, Workspace& ws) const {
   Bump count;
-  lay_out(model_, batch, count);
+  lay_out(model_, batch, threads, count);
   Bump memory{ws.memory.reserve(count.used)};
-  return lay_out(model_, batch, memory);
+  return lay_out(model_, batch, threads, memory);
 }
 
+// Two ways to use several threads. Batches of whole trees side by side, each a forward of one thread, need no
+// barriers, and no activation ever crosses from one core to another. A query that is too small for that is one
+// forward of a team.
 void Engine::score(const ForestQuery& query, float* out) {
   Lease lease(*this);
   Workspace& ws = *lease;
-  // Requests in the order of their nodes, by counting.
+  order_requests(query, ws);
+  const int threads = threads_for(model_, query.nodes);
+  cut(query, threads, ws.batches);
+  if (threads > 1 && ws.batches.size() > 1) {
+    score_side_by_side(query, threads, ws, out);
+  } else {
+    for (const Range& batch : ws.batches) score_batch(query, ws, batch, threads, ws, out);
+  }
+}
+
+// Requests in the order of their nodes, by counting.
+void Engine::order_requests(const ForestQuery& query, Workspace& ws) {
   ws.first.assign(static_cast<size_t>(query.nodes) + 1, 0);
   for (int64_t r = 0; r < query.requests; ++r) ++ws.first[query.request_nodes[r] + 1];
   for (int64_t i = 0; i < query.nodes; ++i) ws.first[i + 1] += ws.first[i];
-  ws.request_order.resize(static_cast<size_t>(query.requests));
   ws.next = ws.first;
+  ws.request_order.resize(static_cast<size_t>(query.requests));
   for (int64_t r = 0; r < query.requests; ++r) ws.request_order[ws.next[query.request_nodes[r]]++] = r;
+}
 
-  for (int64_t begin = 0; begin < query.nodes;) {
-    int64_t end = begin;
-    do {
-      int64_t tree = end + 1;
-      while (tree < query.nodes && query.parents[tree] >= 0) ++tree;
-      if (end > begin && tree - begin > token_budget_) break;
-      end = tree;
-    } while (end < query.nodes);
-    score_trees(query, {begin, end}, ws, out);
+// Batches of nearly equal size, a multiple of the threads where they are worth dividing.
+void Engine::cut(const ForestQuery& query, int threads, std::vector<Range>& batches) const {
+  int64_t count = ceil_div(query.nodes, token_budget_);
+  if (query.nodes >= threads * kWorthAForward) count = ceil_div(count, threads) * threads;
+  const int64_t size = ceil_div(query.nodes, count);
+  batches.clear();
+  for (int64_t begin = 0, end = 1; begin < query.nodes; ++end) {
+    const bool tree_ends = end == query.nodes || query.parents[end] < 0;
+    if (!tree_ends || (end < query.nodes && end - begin < size)) continue;
+    batches.push_back({begin, end});
     begin = end;
   }
 }
 
-// The forward over whole trees: nodes [begin, end) of the forest.
-void Engine::score_trees(const ForestQuery& query, Range nodes, Workspace& ws, float* out) {
-  const int64_t requests = ws.first[nodes.end] - ws.first[nodes.begin];
+void Engine::score_side_by_side(const ForestQuery& query, int threads, Workspace& ws, float* out) {
+  while (ws.members.size() < static_cast<size_t>(threads))
+    ws.members.push_back(std::make_unique<Workspace>());
+  std::atomic<size_t> next{0};
+  std::exception_ptr failure;  // nothing may be thrown out of a parallel region
+  std::mutex failure_mutex;
+  const std::lock_guard<std::mutex> lock(g_team);
+  parallel(threads, [&](const Team& team) {
+    try {
+      for (size_t i = next++; i < ws.batches.size(); i = next++) {
+        score_batch(query, ws, ws.batches[i], 1, *ws.members[static_cast<size_t>(team.rank)], out);
+      }
+    } catch (...) {
+      const std::lock_guard<std::mutex> guard(failure_mutex);
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
+// One forward over whole trees, nodes [begin, end) of the forest.
+void Engine::score_batch(const ForestQuery& query, const Workspace& order, Range nodes, int threads,
+                         Workspace& ws, float* out) const {
+  const int64_t requests = order.first[nodes.end] - order.first[nodes.begin];
   if (requests == 0) return;
   find_paths(query, nodes, ws);
   ws.row_nodes.clear();
   ws.targets.clear();
   for (int64_t i = nodes.begin; i < nodes.end; ++i) {
-    if (ws.first[i] == ws.first[i + 1]) continue;
+    if (order.first[i] == order.first[i + 1]) continue;
     const auto row = static_cast<int32_t>(ws.row_nodes.size());
     ws.row_nodes.push_back(static_cast<int32_t>(i - nodes.begin));
-    for (int64_t at = ws.first[i]; at < ws.first[i + 1]; ++at) {
-      const int64_t r = ws.request_order[at];
+    for (int64_t at = order.first[i]; at < order.first[i + 1]; ++at) {
+      const int64_t r = order.request_order[at];
       ws.targets.push_back({static_cast<int32_t>(query.request_targets[r]), row, r});
     }
   }
@@ -109,13 +150,13 @@ void Engine::score_trees(const ForestQuery& query, Range nodes, Workspace& ws, f
   batch.targets = ws.targets.data();
   batch.target_count = requests;
   batch.log_probs = out;
-  const Frame frame = lay_out_in(batch, ws);
+  const Frame frame = lay_out_in(batch, threads, ws);
   // Slots in the very rows that the k and v products write.
   ws.slots.resize(ws.path_nodes.size());
   for (size_t i = 0; i < ws.slots.size(); ++i) ws.slots[i] = frame.k + ws.path_nodes[i] * model_.d;
   batch.slots = ws.slots.data();
   batch.value_offset = frame.v - frame.k;
-  run(batch, frame);
+  run_team(batch, frame);
 }
 
 // For every node its depth, and where the list of its ancestors and itself begins. A node right after its parent
@@ -172,7 +213,7 @@ std::shared_ptr<KvNode> Engine::extend(std::shared_ptr<const KvNode> parent, con
   batch.row_nodes = ws.row_nodes.data();
   batch.hidden = node->hidden.data();
   batch.all = all;
-  run(batch, lay_out_in(batch, ws));
+  run_team(batch, lay_out_in(batch, threads_for(model_, count), ws));
   return node;
 }
 
@@ -182,7 +223,7 @@ void Engine::log_probs(const KvNode& node, float* out) {
   batch.rows = 1;
   batch.hidden = const_cast<float*>(node.hidden.data());  // only read: the batch has no nodes
   batch.all = out;
-  run(batch, lay_out_in(batch, *lease));
+  run_team(batch, lay_out_in(batch, threads_for(model_, 1), *lease));
 }
 
 }  // namespace lowbit

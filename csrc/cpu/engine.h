@@ -25,7 +25,7 @@ struct ForestQuery {
 // than the model's context.
 class Engine {
  public:
-  // token_budget: nodes of one forward, which holds at least one tree.
+  // token_budget: nodes after which a forward takes no more trees.
   Engine(Model model, int64_t token_budget);
 
   // out[r] = natural log P(target | path to the node) of every request.
@@ -43,7 +43,9 @@ class Engine {
  private:
   // What a call borrows and gives back, so that repeated calls allocate nothing.
   struct Workspace {
-    std::vector<int64_t> first, next, request_order;        // of the whole query
+    std::vector<int64_t> first, next, request_order;  // of a query: the requests of each node
+    std::vector<Range> batches;
+    std::vector<std::unique_ptr<Workspace>> members;        // for batches side by side
     std::vector<int32_t> positions, path_nodes, row_nodes;  // of one forward
     std::vector<int64_t> path;
     std::vector<float*> slots;
@@ -52,10 +54,14 @@ class Engine {
   };
   class Lease;
 
-  void score_trees(const ForestQuery& query, Range nodes, Workspace& ws, float* out);
+  static void order_requests(const ForestQuery& query, Workspace& ws);
+  void cut(const ForestQuery& query, int threads, std::vector<Range>& batches) const;
+  void score_side_by_side(const ForestQuery& query, int threads, Workspace& ws, float* out);
+  void score_batch(const ForestQuery& query, const Workspace& order, Range nodes, int threads, Workspace& ws,
+                   float* out) const;
   static void find_paths(const ForestQuery& query, Range nodes, Workspace& ws);
-  Frame lay_out_in(const Batch& batch, Workspace& ws) const;
-  void run(const Batch& batch, const Frame& frame);
+  Frame lay_out_in(const Batch& batch, int threads, Workspace& ws) const;
+  void run_team(const Batch& batch, const Frame& frame) const;
 
   const Model model_;
   const int64_t token_budget_;

@@ -12,15 +12,9 @@ namespace {
 
 constexpr int64_t kRedundantRows = 2;
 constexpr int64_t kWorkPerThread = 1 << 16;  // multiply-adds between two barriers
-constexpr int64_t kPieceBytes = 1 << 18;     // of logits: a part of L2
-constexpr int64_t kMinPiece = 32, kMaxPiece = 512;
+constexpr int64_t kStripeFloats = 1 << 16;   // of logits: a part of L2
 
 int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
-
-int threads_for(const Model& m, int64_t rows) {
-  const int64_t useful = rows * m.d * m.d / kWorkPerThread + 1, available = max_threads();
-  return static_cast<int>(useful < available ? useful : available);
-}
 
 // What the products of a forward need at most.
 struct Needs {
@@ -49,10 +43,15 @@ Needs needs(const Model& m, int64_t nodes, int64_t rows) {
 
 }  // namespace
 
-Frame lay_out(const Model& m, const Batch& batch, Bump& memory) {
+int threads_for(const Model& m, int64_t nodes) {
+  const int64_t useful = nodes * m.d * m.d / kWorkPerThread + 1, available = max_threads();
+  return static_cast<int>(useful < available ? useful : available);
+}
+
+Frame lay_out(const Model& m, const Batch& batch, int threads, Bump& memory) {
   const int64_t nodes = batch.nodes, rows = batch.rows, most = nodes > rows ? nodes : rows;
   Frame f{};
-  f.threads = threads_for(m, most);
+  f.threads = threads;
   f.redundant = most <= kRedundantRows;
   const int64_t copies = f.redundant ? f.threads : 1, wide = round_up(m.d > m.ffn ? m.d : m.ffn, kTileK);
 
@@ -72,16 +71,15 @@ Frame lay_out(const Model& m, const Batch& batch, Bump& memory) {
   each(f.scratch_share, need.scratch, f.threads, f.each_scratch);
 
   if (batch.wants_logits()) {
-    const int64_t piece = kPieceBytes / 4 / rows / kMinPiece * kMinPiece;
-    f.piece = piece < kMinPiece ? kMinPiece : piece > kMaxPiece ? kMaxPiece : piece;
-    f.parts = ceil_div(m.vocab, f.piece);
-    const int64_t room = round_up(f.parts, 16);
+    f.parts = ceil_div(m.vocab, kPart);
+    const int64_t room = round_up(f.parts, 16), fit = kStripeFloats / kPart / rows;
+    f.stripe = fit < 1 ? 1 : fit < f.parts ? fit : f.parts;
     f.part_max = memory.take<float>(rows * room);
     f.part_sum = memory.take<float>(rows * room);
     f.lse = memory.take<float>(rows);
     f.target_logits = memory.take<float>(batch.target_count);
     const bool all = batch.all != nullptr;
-    each(f.logits_share, all ? f.parts * f.piece : rows * f.piece, all ? 1 : f.threads, f.each_logits);
+    each(f.logits_share, all ? f.parts * kPart : rows * f.stripe * kPart, all ? 1 : f.threads, f.each_logits);
   }
   const int64_t scores = round_up(m.max_len, 16), parts = 2 * round_up(f.parts, 16);
   each(f.scores_share, scores > parts ? scores : parts, f.threads, f.each_scores);

@@ -67,12 +67,17 @@ struct Batch {
   bool wants_logits() const { return target_count > 0 || all != nullptr; }
 };
 
+// Outputs whose maximum and sum are taken together. A constant, so that log P of a token is the same number in any
+// batch and on any number of threads.
+constexpr int64_t kPart = 128;
+
 // How a forward is divided, and its memory. Pointers named each_* hold one piece a member of the team.
 struct Frame {
   int threads = 1;
   // With few rows a barrier costs more than the work: every member prepares all of them, in memory of its own.
   bool redundant = false;
-  int64_t piece = 0, parts = 0;  // the output layer goes in `parts` pieces of `piece` outputs
+  int64_t parts = 0;   // of kPart outputs, in which the output layer is reduced
+  int64_t stripe = 0;  // parts that are multiplied at a time
 
   float* x;                      // [nodes, D]; one a member where redundant
   float *q, *k, *v;              // [nodes, D]; q becomes the attention's output, k the branch's
@@ -82,14 +87,17 @@ struct Frame {
   float* each_row;               // [max(D, F)]
   float* each_dense;             // exact: the rows that the next product reads; shared unless redundant
   float* each_scores;            // [max_len], and room to combine parts
-  float* each_logits;            // [rows, piece]; [V], shared, where all are wanted
+  float* each_logits;            // [rows, stripe * kPart]; [V], shared, where all are wanted
   uint8_t* each_activations[3];  // of up to three forms (q, k and v); shared unless redundant
   uint8_t* each_scratch;         // of the kernels
   int64_t x_share, row_share, dense_share, scores_share, logits_share, activations_share[3], scratch_share;
 };
 
-// Lays out a forward; over a null base it only counts. `all`: log P of every token is wanted.
-Frame lay_out(const Model& model, const Batch& batch, Bump& memory);
+// Threads that are worth waking for a forward over so many nodes.
+int threads_for(const Model& model, int64_t nodes);
+
+// Lays out a forward; over a null base it only counts.
+Frame lay_out(const Model& model, const Batch& batch, int threads, Bump& memory);
 
 void forward(const Model& model, const Batch& batch, const Frame& frame);
 

@@ -35,7 +35,7 @@ class Member {
   void attend_heads(size_t layer, Range nodes, Range heads);
 
   const float* final_row(int64_t row, float* room);
-  void reduce_piece(Product& p, int64_t part);
+  void reduce_stripe(Product& p, int64_t first, int64_t last);
   void find_targets(int64_t begin, int64_t end, const float* logits, int64_t stride);
   void finish_targets();
   void finish_all();

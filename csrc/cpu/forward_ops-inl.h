@@ -9,7 +9,7 @@
 namespace lowbit {
 namespace {
 
-constexpr float kMinusInfinity = -__builtin_inff();
+constexpr float kMinusInfinity = -__builtin_inff(), kLog2E = 1.44269504f;
 
 // f(first, count) for every 16 of n values; count is a constant 16 but for the last ones.
 template <class F>
@@ -28,35 +28,20 @@ LOWBIT_INLINE typename S::F32 load(const float* p, int count) {
   return S::load_f32(p, count);
 }
 
-// e^x within 1e-7, relative; e^-87 (about 1e-38) for all smaller x.
+// e^(x - top) for x <= top within 3e-7 + 1e-7 |x| (relative); about 1e-38 where x - top < -87.
+// top is given as -top * log2(e).
 template <class S>
-LOWBIT_INLINE typename S::F32 exp(typename S::F32 x) {
+LOWBIT_INLINE typename S::F32 exp_below(typename S::F32 x, typename S::F32 minus_top) {
   using F32 = typename S::F32;
-  x = S::min(S::set1(88.0f), S::max(S::set1(-87.0f), x));  // a NaN stays one
-  const F32 n = S::round(S::mul(x, S::set1(1.44269504f)));
-  // ln 2 in two parts, the first with trailing zeros, so that n times it is exact.
-  const F32 r = S::fmadd(n, S::set1(2.12194440e-4f), S::fmadd(n, S::set1(-0.693359375f), x));
-  // (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2, Chebyshev fit.
-  F32 p = S::set1(1.39336521e-3f);
-  p = S::fmadd(p, r, S::set1(8.36318173e-3f));
-  p = S::fmadd(p, r, S::set1(4.16664667e-2f));
-  p = S::fmadd(p, r, S::set1(0.166665763f));
-  p = S::fmadd(p, r, S::set1(0.5f));
-  p = S::add(S::fmadd(S::mul(r, r), p, r), S::set1(1.0f));
+  const F32 t = S::max(S::set1(-126.0f), S::fmadd(x, S::set1(kLog2E), minus_top));  // a NaN stays one
+  const F32 n = S::round(t), r = S::sub(t, n);
+  F32 p = S::set1(1.34004327e-3f);  // 2^r on |r| <= 1/2, a Chebyshev fit
+  p = S::fmadd(p, r, S::set1(9.67603736e-3f));
+  p = S::fmadd(p, r, S::set1(5.55032715e-2f));
+  p = S::fmadd(p, r, S::set1(0.240221068f));
+  p = S::fmadd(p, r, S::set1(0.693147182f));
+  p = S::fmadd(p, r, S::set1(1.00000012f));
   return S::scale_by_power(p, n);
-}
-
-// erf(x) within 4e-7: x P(x^2) on |x| <= 3.7, a Chebyshev fit in t = 2 x^2 / 3.7^2 - 1; 1 - 2e-7 beyond.
-template <class S>
-LOWBIT_INLINE typename S::F32 erf(typename S::F32 x) {
-  constexpr float kP[14] = {0.382137507f,   -0.190467626f,   0.140790194f,   -0.112649113f,  0.0906161666f,
-                            -0.0704047605f, 0.0515171885f,   -0.0363214761f, 0.0250565317f,  -0.013929789f,
-                            0.00531083113f, -0.00384076592f, 0.00389556144f, -0.00144026778f};
-  x = S::min(S::set1(3.7f), S::max(S::set1(-3.7f), x));
-  const typename S::F32 t = S::fmadd(S::mul(x, x), S::set1(0.146092038f), S::set1(-1.0f));
-  typename S::F32 p = S::set1(kP[13]);
-  unroll<13>([&](auto i) LOWBIT_LAMBDA { p = S::fmadd(p, t, S::set1(kP[12 - i])); });
-  return S::mul(x, p);
 }
 
 template <class S>
@@ -88,11 +73,20 @@ void relu(const float* x, int64_t n, float* out) {
   });
 }
 
+// x (1 + erf(x / sqrt 2)) / 2 within 1e-6: erf as c P(c^2) with c = x cut at +-5.1, where it is 1 - 3e-7, and P a
+// Chebyshev fit in t = 2 c^2 / 5.1^2 - 1.
 template <class S>
 void gelu(const float* x, int64_t n, float* out) {
+  constexpr float kP[13] = {0.138605282f,   -0.0690033585f,  0.0507830717f,  -0.0402159318f, 0.0317131244f,
+                            -0.024036251f,  0.0174861047f,   -0.0119673014f, 0.00680116378f, -0.00329977204f,
+                            0.00247637415f, -0.00192598358f, 0.000622676918f};
   for_vectors(n, [&](int64_t i, auto count) LOWBIT_LAMBDA {
-    const typename S::F32 v = load<S>(x + i, count), half = S::mul(v, S::set1(0.5f));
-    S::store_f32(out + i, S::fmadd(half, erf<S>(S::mul(v, S::set1(0.707106781f))), half), count);
+    const typename S::F32 v = load<S>(x + i, count);
+    const typename S::F32 c = S::min(S::set1(5.1f), S::max(S::set1(-5.1f), v));
+    const typename S::F32 t = S::fmadd(S::mul(c, c), S::set1(0.0768935f), S::set1(-1.0f));
+    typename S::F32 p = S::set1(kP[12]);
+    unroll<12>([&](auto k) LOWBIT_LAMBDA { p = S::fmadd(p, t, S::set1(kP[11 - k])); });
+    S::store_f32(out + i, S::mul(v, S::fmadd(c, p, S::set1(0.5f))), count);
   });
 }
 
@@ -139,8 +133,9 @@ LOWBIT_INLINE int64_t pad(float* x, int64_t n, float value) {
 template <class S>
 LOWBIT_INLINE float exponentiate(float* x, int64_t n, float top) {
   typename S::F32 total = S::zero_f32();
+  const typename S::F32 minus_top = S::set1(-top * kLog2E);
   for (int64_t i = 0; i < n; i += 16) {
-    const typename S::F32 e = exp<S>(S::sub(S::load_f32(x + i), S::set1(top)));
+    const typename S::F32 e = exp_below<S>(S::load_f32(x + i), minus_top);
     S::store_f32(x + i, e, 16);
     total = S::add(total, e);
   }
@@ -159,9 +154,8 @@ void softmax_part(float* x, int64_t n, float* max, float* sum) {
   n = pad(x, n, kMinusInfinity);
   const float top = greatest<S>(x, n);
   typename S::F32 total = S::zero_f32();
-  for (int64_t i = 0; i < n; i += 16) {
-    total = S::add(total, exp<S>(S::sub(S::load_f32(x + i), S::set1(top))));
-  }
+  const typename S::F32 minus_top = S::set1(-top * kLog2E);
+  for (int64_t i = 0; i < n; i += 16) total = S::add(total, exp_below<S>(S::load_f32(x + i), minus_top));
   *max = top;
   *sum = S::reduce_add(total);
 }
@@ -172,8 +166,9 @@ float log_sum_exp(float* max, float* sum, int64_t n) {
   n = pad(max, n, kMinusInfinity);
   const float top = greatest<S>(max, n);
   typename S::F32 total = S::zero_f32();
+  const typename S::F32 minus_top = S::set1(-top * kLog2E);
   for (int64_t i = 0; i < n; i += 16) {
-    total = S::fmadd(S::load_f32(sum + i), exp<S>(S::sub(S::load_f32(max + i), S::set1(top))), total);
+    total = S::fmadd(S::load_f32(sum + i), exp_below<S>(S::load_f32(max + i), minus_top), total);
   }
   return top + std::log(S::reduce_add(total));
 }

@@ -1,8 +1,8 @@
 // The output layer: log P of some tokens after each row, without ever holding a row of logits over the vocabulary.
 //
-// The vocabulary goes in pieces. A member multiplies all rows by a piece into a buffer that stays in its L2, takes
-// the wanted logits out of it, and reduces it to a maximum and a sum of exponentials a row. The pieces of a row are
-// combined in their order, so that the result does not depend on the number of members.
+// The vocabulary goes in stripes. A member multiplies all rows by a stripe into a buffer that stays in its L2, takes
+// the wanted logits out of it, and reduces each part of kPart outputs to a maximum and a sum of exponentials a row.
+// The parts of a row are combined in their order, whoever made them.
 #include <cmath>
 #include <cstring>
 
@@ -32,7 +32,9 @@ void Member::output() {
   Product head = product(model_.head, batch_.rows, nullptr);
   prepare_rows(&head, 1, batch_.rows, [&](int64_t r, float* room) { return final_row(r, room); });
   const Range parts = share(frame_.parts, 1, team_);
-  for (int64_t part = parts.begin; part < parts.end; ++part) reduce_piece(head, part);
+  for (int64_t part = parts.begin; part < parts.end; part += frame_.stripe) {
+    reduce_stripe(head, part, part + frame_.stripe < parts.end ? part + frame_.stripe : parts.end);
+  }
   team_.barrier();
   if (batch_.all != nullptr) {
     finish_all();
@@ -41,19 +43,22 @@ void Member::output() {
   }
 }
 
-void Member::reduce_piece(Product& p, int64_t part) {
-  const int64_t begin = part * frame_.piece, rows = batch_.rows, room = ceil_div(frame_.parts, 16) * 16;
-  const int64_t end = begin + frame_.piece < model_.vocab ? begin + frame_.piece : model_.vocab;
+void Member::reduce_stripe(Product& p, int64_t first, int64_t last) {
+  const int64_t begin = first * kPart, rows = batch_.rows, room = ceil_div(frame_.parts, 16) * 16;
+  const int64_t end = last * kPart < model_.vocab ? last * kPart : model_.vocab;
   p.job.w = slice(model_.head.w, {begin / kTileN, ceil_div(end, kTileN)});
   p.job.bias = model_.head.bias == nullptr ? nullptr : model_.head.bias + begin;
   p.job.y = batch_.all != nullptr ? frame_.each_logits + begin
                                   : frame_.each_logits + team_.rank * frame_.logits_share;
-  p.job.y_stride = frame_.piece;
+  p.job.y_stride = frame_.stripe * kPart;
   p.plan.kernel(p.job, {0, p.job.w.blocks()}, {0, rows}, scratch_);
-  find_targets(begin, end, p.job.y, frame_.piece);
+  find_targets(begin, end, p.job.y, p.job.y_stride);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t at = r * room + part;
-    ops_.softmax_part(p.job.y + r * frame_.piece, end - begin, frame_.part_max + at, frame_.part_sum + at);
+    float* logits = p.job.y + r * p.job.y_stride;
+    for (int64_t part = first; part < last; ++part, logits += kPart) {
+      const int64_t left = end - part * kPart, at = r * room + part;
+      ops_.softmax_part(logits, left < kPart ? left : kPart, frame_.part_max + at, frame_.part_sum + at);
+    }
   }
 }
 
@@ -96,7 +101,7 @@ void Member::finish_all() {
   std::memcpy(sum, frame_.part_sum, bytes);
   const float lse = ops_.log_sum_exp(max, sum, frame_.parts);
   const Range parts = share(frame_.parts, 1, team_);
-  const int64_t begin = parts.begin * frame_.piece, last = parts.end * frame_.piece;
+  const int64_t begin = parts.begin * kPart, last = parts.end * kPart;
   const int64_t end = last < model_.vocab ? last : model_.vocab;
   if (begin < end) ops_.subtract(frame_.each_logits + begin, lse, end - begin, batch_.all + begin);
 }
