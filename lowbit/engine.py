@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from lowbit.config import ModelConfig
 from lowbit.cuda import CudaBackend
 from lowbit.errors import LowbitError, check_seed
 from lowbit.files import PathLike
-from lowbit.forest import Chain, chains, check_stride, tries, windows
+from lowbit.forest import Chain, Paths, chains, check_stride, tries, windows
 from lowbit.loading import load_model
 from lowbit.native import NativeBackend
 from lowbit.state import Decoder, State, sample
@@ -159,16 +160,15 @@ class LanguageModel:
         out: list[NBestScores] = []
         for start in range(0, len(lists), _FOREST_LISTS):
             part = slice(start, start + _FOREST_LISTS)
-            encoded = [[self.vocab.encode(h) for h in hyps] for hyps in lists[part]]
-            ids = [[words for words, _ in hyps] for hyps in encoded]
+            known: dict[str, tuple[list[int], int]] = {}  # hypotheses often occur twice
+            for text in itertools.chain.from_iterable(lists[part]):
+                if text not in known:
+                    known[text] = self.vocab.encode(text)
+            ids = [[known[text][0] for text in hyps] for hyps in lists[part]]
+            oov = [np.array([known[text][1] for text in hyps], np.int64) for hyps in lists[part]]
             before = None if contexts is None else [self.vocab.encode(text)[0] for text in contexts[part]]
             query, paths = tries(ids, self.config.max_len, self.stride, contexts=before)
-            log_probs = self.backend.log_probs(query).astype(np.float64)
-            for hyps, rows in zip(encoded, paths):
-                tokens = [log_probs[row] for row in rows]
-                words = np.array([len(w) for w, _ in hyps], np.int64)
-                oov = np.array([oov for _, oov in hyps], np.int64)
-                out.append(NBestScores(np.array([t.sum() for t in tokens]), words, oov, tokens))
+            out += _sum_paths(self.backend.log_probs(query).astype(np.float64), paths, oov)
         return out
 
     def perplexity(self, lines: Iterable[str], mode: str = "stream", stride: int | None = None) -> float:
@@ -327,6 +327,19 @@ def reorder(utterance: Any, combined: np.ndarray, columns: dict[str, np.ndarray]
     hyps = [replace(h, extra=h.extra | row) for h, row in zip(utterance.hyps, rows)]
     extra = utterance.extra | {"first_pass": first_pass_kind(utterance), "oov": oov}
     return replace(utterance, hyps=[hyps[i] for i in np.argsort(-combined, kind="stable")], extra=extra)
+
+
+def _sum_paths(log_probs: np.ndarray, paths: Paths, oov: list[np.ndarray]) -> list[NBestScores]:
+    """The scores of every list from those of the requests, fp64 [R]; distinct hypotheses are summed once."""
+    values, ends = log_probs[paths.requests], paths.ends
+    starts = ends - np.diff(ends, prepend=0)
+    sums = np.add.reduceat(values, starts) if len(ends) else np.empty(0)
+    tokens = [values[a:b] for a, b in zip(starts.tolist(), ends.tolist())]
+    words = ends - starts - 1
+    return [
+        NBestScores(sums[rows], words[rows], unknown, [tokens[i] for i in rows.tolist()])
+        for rows, unknown in zip(paths.which, oov)
+    ]
 
 
 def first_pass_kind(utterance: Any) -> str:

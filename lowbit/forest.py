@@ -182,42 +182,24 @@ def chains(rows: Iterable[Chain]) -> Query:
     )
 
 
-class _TrieBuilder:
-    """Grows a forest path by path; everything is a list, since Python appends to those fastest."""
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """The requests whose sum is log P of a hypothesis, for every distinct hypothesis of many lists.
 
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.nodes: list[int] = []  # of requests
-        self.targets: list[int] = []
+    Attributes:
+        requests: int64, one distinct hypothesis after another.
+        ends: int64 [U], where each of them ends in ``requests``.
+        which: for every list, the distinct hypothesis of each of its own, int64 [H].
+    """
 
-    def add_chain(self, parent: int, tokens: Sequence[int]) -> int:
-        """Nodes one below another; returns the last."""
-        if not tokens:
-            return parent
-        first = len(self.tokens)
-        self.tokens += tokens
-        self.parents.append(parent)
-        self.parents += range(first, first + len(tokens) - 1)
-        return first + len(tokens) - 1
+    requests: np.ndarray
+    ends: np.ndarray
+    which: list[np.ndarray]
 
-    def add_words(self, parent: int, words: Sequence[int]) -> list[int]:
-        """A chain whose every word is asked for after its parent, and then ``</s>``; returns the requests."""
-        first, asked = len(self.tokens), len(self.nodes)
-        self.add_chain(parent, words)
-        self.nodes.append(parent)
-        self.nodes += range(first, first + len(words))
-        self.targets += words
-        self.targets.append(EOS_ID)
-        return list(range(asked, len(self.nodes)))
-
-    def add_window(self, chain: Chain) -> list[int]:
-        """A chain of its own whose last tokens are asked for."""
-        last = self.add_chain(-1, chain.inputs.tolist())
-        asked = len(self.nodes)
-        self.nodes += range(last + 1 - len(chain.targets), last + 1)
-        self.targets += chain.targets.tolist()
-        return list(range(asked, len(self.nodes)))
+    def of(self, utterance: int, hypothesis: int) -> np.ndarray:
+        """Requests of one hypothesis, int64 [words + 1]."""
+        at = self.which[utterance][hypothesis]
+        return self.requests[self.ends[at - 1] if at else 0 : self.ends[at]]
 
 
 def tries(
@@ -226,51 +208,102 @@ def tries(
     stride: int,
     max_nodes: int = 512,
     contexts: Iterable[Sequence[int]] | None = None,
-) -> tuple[Query, list[list[list[int]]]]:
+) -> tuple[Query, Paths]:
     """One trie per N-best list: shared prefixes once, duplicates collapse.
 
     Args:
         lists: per utterance the token ids of its hypotheses, without ``</s>``.
         contexts: per utterance the text before it, without the ``</s>`` between them; as much of its end is read as
             leaves room for the longest hypothesis.
-        max_len: hypotheses that need more inputs than this are read as windows (:func:`windows`) beside the trie.
+        max_len: hypotheses that need more inputs than this are read as windows (:func:`windows`) beside the tries.
         max_nodes: a trie that would grow beyond this is continued in another one; bounds the attention mask.
-
-    Returns:
-        the query, and for every utterance and hypothesis the requests (``words + 1``) whose sum is its log P.
     """
-    builder, paths = _TrieBuilder(), []
+    rows: list[tuple[int, ...]] = []  # of all tries: prefix, words, end
+    prefixes: list[int] = []
+    starts: list[int] = []  # rows that begin a trie
+    long: list[tuple[int, ...]] = []
+    which: list[list[int]] = []  # rows, or -1 - index of a long one
     for hyps, context in zip(lists, itertools.repeat(()) if contexts is None else contexts):
         longest = max((len(words) for words in hyps if len(words) < max_len), default=0)
         prefix = (EOS_ID, *context, EOS_ID)[longest - max_len :] if len(context) else (EOS_ID,)
-        found: dict[tuple[int, ...], list[int]] = {}
-        root, before, requests, above = None, (), [], []
+        found: dict[tuple[int, ...], int] = {}
+        starts.append(len(rows))
+        keys = list(map(tuple, hyps))
         # Sorted, so that a hypothesis shares with the one before it all that it shares with any.
-        for words in sorted(set(map(tuple, hyps))):
-            if len(words) + 1 > max_len:
-                rows = windows((EOS_ID, *words, EOS_ID), max_len, stride)
-                found[words] = [r for row in rows for r in builder.add_window(row)]
-                continue
-            if root is None or len(builder.tokens) - root + len(words) > max_nodes:
-                root = len(builder.tokens)
-                before, requests, above = (), [], [builder.add_chain(-1, prefix)]
-            shared = _shared(before, words)
-            first = len(builder.tokens)
-            # above[i]: the node that word i of the hypothesis hangs on; requests[i] asks for it there.
-            requests = requests[:shared] + builder.add_words(above[shared], words[shared:])
-            above = above[: shared + 1] + list(range(first, len(builder.tokens)))
-            found[words], before = requests, words
-        paths.append([found[tuple(words)] for words in hyps])
-    forest = Forest(np.array(builder.tokens, np.int32), np.array(builder.parents, np.int32))
-    return Query(forest, np.array(builder.nodes), np.array(builder.targets)), paths
+        for words in sorted(set(keys)):
+            if len(words) >= max_len:
+                found[words] = -1 - len(long)
+                long.append(words)
+            else:
+                found[words] = len(rows)
+                rows.append((*prefix, *words, EOS_ID))
+                prefixes.append(len(prefix))
+        which.append([found[words] for words in keys])
+    query, requests, lengths = _lay_out_tries(rows, np.array(prefixes, np.int64), starts, max_nodes)
+    if long:
+        windowed = [windows((EOS_ID, *words, EOS_ID), max_len, stride) for words in long]
+        added = chains([chain for row in windowed for chain in row])
+        requests = np.concatenate([requests, np.arange(len(query), len(query) + len(added))])
+        lengths = np.concatenate([lengths, [len(words) + 1 for words in long]])
+        query = _join(query, added)
+    index = [np.array([len(rows) - 1 - at if at < 0 else at for at in row], np.int64) for row in which]
+    return query, Paths(requests, lengths.cumsum(), index)
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common prefix."""
-    for i, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+def _lay_out_tries(
+    rows: Sequence[Sequence[int]], prefixes: np.ndarray, starts: Sequence[int], max_nodes: int
+) -> tuple[Query, np.ndarray, np.ndarray]:
+    """Sorted rows to tries, for all of them at once: loops over words in Python took as long as the model itself.
+
+    A row [c] holds the tokens of a prefix and of words, and then ``</s>``, for which there is no node. What a row
+    shares with the one before it exists already; in every column, the latest node is the one that the row passes.
+
+    Args:
+        prefixes: int64 [U], length of the part of each row that nothing is asked about.
+        starts: rows at which a trie begins.
+
+    Returns:
+        the query, the requests row after row, and how many each row has, int64 [U].
+    """
+    if not rows:
+        return chains([]), np.empty(0, np.int64), np.empty(0, np.int64)
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    columns = np.arange(lengths.max())
+    real = columns < lengths[:, None]
+    tokens = np.full(real.shape, -1, np.int32)
+    tokens[real] = np.fromiter(itertools.chain.from_iterable(rows), np.int32, lengths.sum())
+    is_node = columns < lengths[:, None] - 1
+    shared = np.zeros(len(rows), np.int64)
+    shared[1:] = ((tokens[1:] == tokens[:-1]) & is_node[1:] & is_node[:-1]).cumprod(1).sum(1)
+    shared[[s for s in starts if s < len(rows)]] = 0
+    _divide(shared, lengths - 1, max_nodes)
+
+    new = columns >= shared[:, None]
+    node = np.where(new & is_node, 1, 0)
+    node_id = np.maximum.accumulate(np.where(node, node.cumsum().reshape(node.shape) - 1, -1), 0)
+    asked = real & (columns >= prefixes[:, None])
+    request = asked & (new | ~is_node)
+    request_id = np.maximum.accumulate(np.where(request, request.cumsum().reshape(node.shape) - 1, -1), 0)
+    above = np.concatenate([np.full((len(rows), 1), -1), node_id[:, :-1]], 1)
+    forest = Forest(tokens[node == 1], above[node == 1])
+    return Query(forest, above[request], tokens[request]), request_id[asked], lengths - prefixes
+
+
+def _divide(shared: np.ndarray, nodes: np.ndarray, max_nodes: int) -> None:
+    """Begin another trie (``shared`` 0) before a row that would make one larger than ``max_nodes``."""
+    size = 0
+    for row, (common, length) in enumerate(zip(shared.tolist(), nodes.tolist())):
+        size = length if common == 0 else size + length - common
+        if size > max_nodes and common > 0:
+            shared[row], size = 0, length
+
+
+def _join(a: Query, b: Query) -> Query:
+    """Two queries as one, ``b``'s trees and requests after those of ``a``."""
+    n = len(a.forest)
+    parents = np.where(b.forest.parents < 0, -1, b.forest.parents + n)
+    forest = Forest(np.concatenate([a.forest.tokens, b.forest.tokens]), np.concatenate([a.forest.parents, parents]))
+    return Query(forest, np.concatenate([a.nodes, b.nodes + n]), np.concatenate([a.targets, b.targets]))
 
 
 @dataclass(frozen=True, eq=False)

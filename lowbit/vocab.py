@@ -55,7 +55,8 @@ class Vocab:
         A literal ``<unk>`` in the text is a word of the corpus (as in PTB), not an out-of-vocabulary word.
         """
         words = line.split()
-        return [self._ids.get(w, UNK_ID) for w in words], sum(w not in self._ids for w in words)
+        ids = [self._ids.get(w, UNK_ID) for w in words]
+        return ids, sum(w not in self._ids for w in words) if UNK_ID in ids else 0
 
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(self.tokens[i] for i in ids)

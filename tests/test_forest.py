@@ -99,10 +99,10 @@ words = st.lists(st.integers(0, 4), max_size=9)
 @given(st.lists(st.lists(words, min_size=1, max_size=8), min_size=1, max_size=3), st.integers(1, 8), st.integers(1, 40))
 def test_tries_hold_every_hypothesis(lists, max_len, max_nodes):
     query, paths = tries(lists, max_len, max(1, max_len // 2), max_nodes)
-    assert [len(p) for p in paths] == [len(hyps) for hyps in lists]
-    for hyps, rows in zip(lists, paths):
-        for ids, requests in zip(hyps, rows):
-            assert paths_of(query, requests) == [*ids, 0]
+    assert [len(rows) for rows in paths.which] == [len(hyps) for hyps in lists]
+    for u, hyps in enumerate(lists):
+        for h, ids in enumerate(hyps):
+            assert paths_of(query, paths.of(u, h)) == [*ids, 0]
     assert query.forest.depths.max() < max_len
 
 
@@ -113,13 +113,13 @@ def test_trie_shares_prefixes_and_duplicates():
     assert len(query.forest) == 5 + 3
     # (root, 5) (5, 6) (6, 7) (6, 8) (6, end) (7, end) (8, end); (root, 5) (5, 6) (6, end).
     assert len(query) == 7 + 3
-    assert paths[0][0].tolist() == paths[0][2].tolist()
+    assert paths.of(0, 0).tolist() == paths.of(0, 2).tolist()
 
 
 def test_trie_of_an_empty_hypothesis_asks_for_the_end_alone():
     query, paths = tries([[[]]], 8, 4)
     assert query.forest.tokens.tolist() == [0] and query.targets.tolist() == [0]
-    assert paths[0][0].tolist() == [0]
+    assert paths.of(0, 0).tolist() == [0]
 
 
 def test_large_lists_are_divided():
