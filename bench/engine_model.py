@@ -31,15 +31,15 @@ def words_of(paths: list[Path]) -> Vocab:
     return Vocab(["</s>", "<unk>", *words, *(f"filler{i}" for i in range(CONFIG.vocab_size - 2 - len(words)))])
 
 
-def write_random_model(path: Path, vocab: Vocab) -> None:
+def write_random_model(path: Path, vocab: Vocab, config: ModelConfig = CONFIG) -> None:
     """Pack Gaussian matrices, unit norms and small biases."""
     gen = torch.Generator().manual_seed(0)
     matrices = {}
-    for name, (n, k) in CONFIG.matrix_shapes().items():
+    for name, (n, k) in config.matrix_shapes().items():
         weight = torch.randn(n, k, generator=gen) * k**-0.5
         matrices[name] = PackedMatrix.from_quant_tensor(quantize(weight, BITS.get(name.rsplit(".", 1)[-1], 2)))
     vectors = {}
-    for name, shape in CONFIG.vector_shapes().items():
+    for name, shape in config.vector_shapes().items():
         center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         vectors[name] = (center + 0.02 * torch.randn(shape, generator=gen)).half().float()
-    write_packed(path, PackedModel(CONFIG, vocab, matrices, vectors, 4 * CONFIG.n_parameters()))
+    write_packed(path, PackedModel(config, vocab, matrices, vectors, 4 * config.n_parameters()))

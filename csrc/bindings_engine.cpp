@@ -47,13 +47,22 @@ Model model_of(const py::dict& spec) {
   return m;
 }
 
-void score(Engine& engine, int64_t nodes, Address tokens, Address parents, int64_t requests,
-           Address request_nodes, Address request_targets, Address out) {
-  const ForestQuery query{
-      nodes,    pointer<const int32_t>(tokens),        pointer<const int32_t>(parents),
-      requests, pointer<const int64_t>(request_nodes), pointer<const int64_t>(request_targets)};
+ForestQuery query_of(int64_t nodes, Address tokens, Address parents, int64_t requests, Address request_nodes,
+                     Address request_targets) {
+  return {nodes,    pointer<const int32_t>(tokens),        pointer<const int32_t>(parents),
+          requests, pointer<const int64_t>(request_nodes), pointer<const int64_t>(request_targets)};
+}
+
+void score(Engine& engine, const ForestQuery& query, Address out) {
   py::gil_scoped_release release;
   engine.score(query, pointer<float>(out));
+}
+
+std::vector<double> profile(Engine& engine, const ForestQuery& query, Address out) {
+  py::gil_scoped_release release;
+  std::vector<double> seconds(kPhases);
+  engine.profile(query, pointer<float>(out), seconds.data());
+  return seconds;
 }
 
 std::shared_ptr<KvNode> extend(Engine& engine, std::shared_ptr<KvNode> parent,
@@ -72,12 +81,14 @@ void log_probs(Engine& engine, const KvNode& node, Address out) {
 
 void register_engine(py::module_& m) {
   py::class_<KvNode, std::shared_ptr<KvNode>>(m, "KvNode", "Keys and values of tokens of a decoding state.");
+  py::class_<ForestQuery>(m, "ForestQuery", "Views of arrays.").def(py::init(&query_of));
   py::class_<Engine>(m, "Engine", "The native forward; owns no weights.")
       .def(py::init([](const py::dict& spec, int64_t budget) {
              return std::make_unique<Engine>(model_of(spec), budget);
            }),
            py::arg("spec"), py::arg("token_budget"))
       .def("score", &score)
+      .def("profile", &profile)
       .def("extend", &extend, py::arg("parent").none(true), py::arg("tokens"), py::arg("all"))
       .def("log_probs", &log_probs)
       .def_property_readonly("cache_slots", [](const Engine& e) { return e.cache().used(); })

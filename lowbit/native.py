@@ -46,17 +46,28 @@ class NativeBackend:
 
     def log_probs(self, query: Query) -> np.ndarray:
         """fp32 [R]: natural log P(target | path to node) of every request of ``query``."""
-        if not len(query):
-            return np.empty(0, np.float32)
+        out = np.empty(len(query), np.float32)
+        if len(query):
+            native, _arrays = self._checked(query)
+            self._engine.score(native, out.ctypes.data)
+        return out
+
+    def profile(self, query: Query) -> dict[str, float]:
+        """Seconds that one thread spends on a query: "rows" (norms, activations, quantization), matrix "products",
+        "attention", and "reduce" (log-sum-exp)."""
+        out = np.empty(len(query), np.float32)
+        native, _arrays = self._checked(query)
+        return dict(zip(("rows", "products", "attention", "reduce"), self._engine.profile(native, out.ctypes.data)))
+
+    def _checked(self, query: Query):
+        """The extension's view of a query, and the arrays that it views."""
         query = in_tree_order(query)
         forest = query.forest
         check_tokens(self.config, forest.tokens, int(forest.depths.max()) + 1)
         check_tokens(self.config, query.targets, 0)
-        out = np.empty(len(query), np.float32)
         arrays = [np.ascontiguousarray(a) for a in (forest.tokens, forest.parents, query.nodes, query.targets)]
         tokens, parents, nodes, targets = (a.ctypes.data for a in arrays)
-        self._engine.score(len(forest), tokens, parents, len(query), nodes, targets, out.ctypes.data)
-        return out
+        return ops.forest_query(len(forest), tokens, parents, len(query), nodes, targets), arrays
 
     def extend(
         self, past: Block | None, tokens: Sequence[int], distribution: bool = False

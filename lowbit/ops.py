@@ -81,6 +81,11 @@ def native_engine(spec: dict, token_budget: int):
     return _C.Engine(spec, token_budget)
 
 
+def forest_query(nodes: int, tokens: int, parents: int, requests: int, request_nodes: int, targets: int):
+    """The extension's view of checked arrays, given by their addresses."""
+    return _C.ForestQuery(nodes, tokens, parents, requests, request_nodes, targets)
+
+
 class PackedWeight:
     """A matrix [N, K] in the tile layout of csrc/layout.h, ready for kernels; independent of the codes it came from.
 

@@ -76,6 +76,14 @@ void Engine::score(const ForestQuery& query, float* out) {
   }
 }
 
+void Engine::profile(const ForestQuery& query, float* out, double* seconds) {
+  Lease lease(*this);
+  Workspace& ws = *lease;
+  order_requests(query, ws);
+  cut(query, 1, ws.batches);
+  for (const Range& batch : ws.batches) score_batch(query, ws, batch, 1, ws, out, seconds);
+}
+
 // Requests in the order of their nodes, by counting.
 void Engine::order_requests(const ForestQuery& query, Workspace& ws) {
   ws.first.assign(static_cast<size_t>(query.nodes) + 1, 0);
@@ -122,7 +130,7 @@ void Engine::score_side_by_side(const ForestQuery& query, int threads, Workspace
 
 // One forward over whole trees, nodes [begin, end) of the forest.
 void Engine::score_batch(const ForestQuery& query, const Workspace& order, Range nodes, int threads,
-                         Workspace& ws, float* out) const {
+                         Workspace& ws, float* out, double* seconds) const {
   const int64_t requests = order.first[nodes.end] - order.first[nodes.begin];
   if (requests == 0) return;
   find_paths(query, nodes, ws);
@@ -150,6 +158,7 @@ void Engine::score_batch(const ForestQuery& query, const Workspace& order, Range
   batch.targets = ws.targets.data();
   batch.target_count = requests;
   batch.log_probs = out;
+  batch.seconds = seconds;
   const Frame frame = lay_out_in(batch, threads, ws);
   // Slots in the very rows that the k and v products write.
   ws.slots.resize(ws.path_nodes.size());

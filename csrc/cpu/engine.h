@@ -31,6 +31,9 @@ class Engine {
   // out[r] = natural log P(target | path to the node) of every request.
   void score(const ForestQuery& query, float* out);
 
+  // The same on one thread, for profiles: adds to seconds[kPhases].
+  void profile(const ForestQuery& query, float* out, double* seconds);
+
   // Reads tokens after `parent` (null: at the beginning of a context). all: null, or [V] log P of every next token.
   std::shared_ptr<KvNode> extend(std::shared_ptr<const KvNode> parent, const int32_t* tokens, int64_t count,
                                  float* all);
@@ -58,7 +61,7 @@ class Engine {
   void cut(const ForestQuery& query, int threads, std::vector<Range>& batches) const;
   void score_side_by_side(const ForestQuery& query, int threads, Workspace& ws, float* out);
   void score_batch(const ForestQuery& query, const Workspace& order, Range nodes, int threads, Workspace& ws,
-                   float* out) const;
+                   float* out, double* seconds = nullptr) const;
   static void find_paths(const ForestQuery& query, Range nodes, Workspace& ws);
   Frame lay_out_in(const Batch& batch, int threads, Workspace& ws) const;
   void run_team(const Batch& batch, const Frame& frame) const;

@@ -38,6 +38,9 @@ struct Model {
   int64_t head_dim() const { return d / heads; }
 };
 
+// Where the time of a forward goes: rows between products, matrix products, attention, reducing logits, waiting.
+enum Phase { kRows, kProducts, kAttention, kReduce, kWait, kPhases };
+
 // A wanted log P: of `token` after output row `row`.
 struct Target {
   int32_t token, row;
@@ -63,6 +66,8 @@ struct Batch {
   int64_t target_count = 0;
   float* log_probs = nullptr;  // of the targets
   float* all = nullptr;        // [V] or null: log P of every token after the only row
+
+  double* seconds = nullptr;  // null, or [kPhases]: what member 0 spends is added
 
   bool wants_logits() const { return target_count > 0 || all != nullptr; }
 };

@@ -16,6 +16,19 @@ Member::Member(const Model& model, const Batch& batch, const Frame& frame, const
   row_ = frame.each_row + team.rank * frame.row_share;
   scores_ = frame.each_scores + team.rank * frame.scores_share;
   scratch_ = frame.each_scratch + team.rank * frame.scratch_share;
+  if (batch.seconds != nullptr) marked_ = std::chrono::steady_clock::now();
+}
+
+void Member::mark(Phase phase) {
+  if (batch_.seconds == nullptr || team_.rank != 0) return;
+  const auto now = std::chrono::steady_clock::now();
+  batch_.seconds[phase] += std::chrono::duration<double>(now - marked_).count();
+  marked_ = now;
+}
+
+void Member::wait() {
+  team_.barrier();
+  mark(kWait);
 }
 
 Member::Product Member::product(const Linear& linear, int64_t rows, float* y) const {
@@ -69,7 +82,8 @@ void Member::attention(size_t layer) {
     return stream(m, model_.pre_norm ? &l.norm1 : nullptr, room);
   });
   for (const Product& p : qkv) run(p);
-  team_.barrier();
+  mark(kProducts);
+  wait();
 
   // Members share the heads, and where there are more members than heads, the nodes too.
   const int columns = static_cast<int>(team_.size < model_.heads ? team_.size : model_.heads);
@@ -78,14 +92,16 @@ void Member::attention(size_t layer) {
   const Range heads = share(model_.heads, 1, {team_.rank % columns, columns});
   const Range nodes = share(n, 1, {team_.rank / columns, groups});
   if (!idle) keep_keys(layer, nodes, heads);
-  if (groups > 1) team_.barrier();
+  if (groups > 1) wait();
   if (!idle) attend_heads(layer, nodes, heads);
-  team_.barrier();
+  mark(kAttention);
+  wait();
 
   Product o = product(l.o, n, frame_.k);  // the keys are in their slots, or done with
   prepare_rows(&o, 1, n, [&](int64_t m, float*) { return frame_.q + m * model_.d; });
   run(o);
-  team_.barrier();
+  mark(kProducts);
+  wait();
 }
 
 // Rotates the new keys, and puts keys and values where the slots say.
@@ -143,7 +159,8 @@ void Member::mlp(size_t layer) {
     return stream(m, model_.pre_norm ? &l.norm2 : nullptr, room);
   });
   run(fc1);
-  team_.barrier();
+  mark(kProducts);
+  wait();
 
   Product fc2 = product(l.fc2, n, frame_.k);
   prepare_rows(&fc2, 1, n, [&](int64_t m, float* room) {
@@ -151,7 +168,8 @@ void Member::mlp(size_t layer) {
     return room;
   });
   run(fc2);
-  team_.barrier();
+  mark(kProducts);
+  wait();
 }
 
 }  // namespace lowbit

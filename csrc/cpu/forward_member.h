@@ -1,6 +1,7 @@
 // One member of the team that runs a forward: the phases, each between two barriers.
 #pragma once
 
+#include <chrono>
 #include <cstring>
 
 #include "forward.h"
@@ -25,7 +26,10 @@ class Member {
   Product product(const Linear& linear, int64_t rows, float* y) const;
   template <class Row>
   void prepare_rows(Product* products, int count, int64_t rows, const Row& row);
-  void run(const Product& p) const { multiply(p.job, p.plan, team_, scratch_); }
+  void run(const Product& p) { multiply(p.job, p.plan, team_, scratch_); }
+  // The time since the last mark was spent on this.
+  void mark(Phase phase);
+  void wait();
 
   void embed(int64_t node);
   void settle(int64_t node, const NormWeights* after);
@@ -47,6 +51,7 @@ class Member {
   const Team team_;
   float *x_, *row_, *dense_, *scores_;
   uint8_t *activations_[3], *scratch_;
+  std::chrono::steady_clock::time_point marked_;
 };
 
 // Makes the common input of several products: row(m, room) leaves row m in `room` or says where it lies. Products
@@ -80,7 +85,8 @@ void Member::prepare_rows(Product* products, int count, int64_t rows, const Row&
       prepare(job, products[i].plan, {m, m + 1});
     }
   }
-  if (!frame_.redundant) team_.barrier();
+  mark(kRows);
+  if (!frame_.redundant) wait();
 }
 
 }  // namespace lowbit

@@ -35,12 +35,13 @@ void Member::output() {
   for (int64_t part = parts.begin; part < parts.end; part += frame_.stripe) {
     reduce_stripe(head, part, part + frame_.stripe < parts.end ? part + frame_.stripe : parts.end);
   }
-  team_.barrier();
+  wait();
   if (batch_.all != nullptr) {
     finish_all();
   } else {
     finish_targets();
   }
+  mark(kReduce);
 }
 
 void Member::reduce_stripe(Product& p, int64_t first, int64_t last) {
@@ -52,6 +53,7 @@ void Member::reduce_stripe(Product& p, int64_t first, int64_t last) {
                                   : frame_.each_logits + team_.rank * frame_.logits_share;
   p.job.y_stride = frame_.stripe * kPart;
   p.plan.kernel(p.job, {0, p.job.w.blocks()}, {0, rows}, scratch_);
+  mark(kProducts);
   find_targets(begin, end, p.job.y, p.job.y_stride);
   for (int64_t r = 0; r < rows; ++r) {
     float* logits = p.job.y + r * p.job.y_stride;
@@ -60,6 +62,7 @@ void Member::reduce_stripe(Product& p, int64_t first, int64_t last) {
       ops_.softmax_part(logits, left < kPart ? left : kPart, frame_.part_max + at, frame_.part_sum + at);
     }
   }
+  mark(kReduce);
 }
 
 // Keeps the logits of targets [begin, end). They are sorted: a binary search finds the first.
