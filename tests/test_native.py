@@ -122,12 +122,30 @@ def test_the_number_of_threads_changes_nothing(model):
 
 
 @settings(max_examples=20)
-@given(st.integers(1, 120), st.integers(0, 1000), st.sampled_from([1, 16, 1000]))
-def test_scores_do_not_depend_on_how_forests_are_cut(model, nodes, seed, budget):
+@given(st.integers(1, 120), st.integers(0, 1000), st.sampled_from([1, 16, 1000]), st.integers(1, 3))
+def test_scores_are_the_same_bits_in_any_batch(model, nodes, seed, budget, threads):
     query = random_query(CONFIG, nodes, seed)
+    ops.set_threads(1)
     whole = NativeBackend(model, token_budget=10**6).log_probs(query)
-    # The sums of a row are the same; only the pieces of its log-sum-exp depend on the rows beside it.
-    assert np.abs(NativeBackend(model, budget).log_probs(query) - whole).max() < 1e-5
+    ops.set_threads(threads)
+    assert np.array_equal(NativeBackend(model, budget).log_probs(query), whole)
+
+
+@pytest.mark.parametrize("isa", ops.available_isas())
+def test_decoding_gives_the_bits_of_scoring(model, isa):
+    ops.set_isa(isa)
+    backend, tokens = NativeBackend(model), [0, 5, 1200, 7, 7, 1236]
+    query = Query(Forest(np.array(tokens), np.arange(-1, 5)), np.arange(5), np.array(tokens[1:]))
+    scored, block = backend.log_probs(query), None
+    for token, following, expected in zip(tokens, tokens[1:], scored):
+        block, found = backend.extend(block, [token], True)
+        assert found[following] == expected
+
+
+def test_a_profile_covers_the_forward(model):
+    query = random_query(CONFIG, 60, 1)
+    seconds = NativeBackend(model).profile(query)
+    assert set(seconds) == {"rows", "products", "attention", "reduce"} and min(seconds.values()) > 0
 
 
 def test_trees_need_not_lie_side_by_side(model):
