@@ -1,10 +1,11 @@
 // Where the cycles of the tile kernel go: one core, from bare products to the whole kernel, one cost at a time.
 //
 //   cmake -S . -B build/ladder -DLOWBIT_PYTHON=OFF -DLOWBIT_SELFTEST=ON
-//   cmake --build build/ladder --target lowbit_amx_ladder && build/ladder/lowbit_amx_ladder > docs/results/amx-ladder.json
+//   cmake --build build/ladder --target lowbit_amx_ladder
+//   build/ladder/lowbit_amx_ladder > docs/results/amx-ladder.json
 //
-// A step is four tile products, 32 rows x 32 outputs x 64 inputs, 131072 operations; the unit of TDPBSSD takes 16 cycles
-// a product, 64 a step. Every figure is the shortest of many runs. Cycles are those of the core at the moment, counted
+// A step is four tile products, 32 rows x 32 outputs x 64 inputs, 131072 operations; the unit of TDPBSSD takes 16
+// cycles a product, 64 a step. Every figure is the shortest of many runs. Cycles are those of the core at the moment, counted
 // by a chain of multiplications (3 cycles each).
 #include <chrono>
 #include <cstdio>
@@ -75,7 +76,8 @@ LOWBIT_INLINE void vector_work() {  // 64 instructions; the compiler, told of no
 constexpr int64_t kGroups = 16, kTiles = 64,
                   kChunk = 8;  // 256 rows x 4096 inputs: 1 MiB of A; a chunk of B is 16 KiB
 
-// All steps of the kernel's loops over A and one chunk of B. kStream: A past L1. kStore: fresh accumulators a chunk. a_tiles: a power of two.
+// All steps of the kernel's loops over A (a_tiles, a power of two) and one chunk of B. kStream: A past L1. kStore: fresh
+// accumulators for every chunk.
 template <bool kStream, bool kStore, bool kVector>
 void sweep(const uint8_t* a, const uint8_t* b, uint8_t* c, int64_t a_tiles) {
   for (int64_t chunk = 0; chunk < kTiles; chunk += kChunk) {

@@ -49,9 +49,13 @@ LOWBIT_INLINE void tile_store(void* p) {
                    : "=m"(*static_cast<TileBytes*>(p))
                    : "r"(p), "r"(64L), "i"(kTile));
 }
-template <int kC, int kA, int kB>
-LOWBIT_INLINE void tile_dot() {  // signed x signed
-  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+template <int kC, int kA, int kB, bool kUnsignedB = false>
+LOWBIT_INLINE void tile_dot() {  // A is signed
+  if constexpr (kUnsignedB) {
+    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+  } else {
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+  }
 }
 
 }  // namespace

@@ -1,0 +1,186 @@
+// What the tile kernel does beside its products, in small steps that hide behind them: fetching and unpacking weights
+// before, scaling and storing sums after.
+#pragma once
+
+#include "amx-inl.h"
+#include "qlinear-inl.h"
+#include "simd_avx512-inl.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int kChunkTiles = 12;  // of two blocks: 24 KiB, half of L1
+// Accumulators of a pair of row groups lie as [2 blocks][32 rows][16].
+constexpr int kPairRows = 2 * kTileRows;
+constexpr int64_t kPairBytes = 4 * kTileBytes, kHalfBytes = 2 * kTileBytes;
+
+// Consecutive inputs of two blocks: a span, or a part of one.
+struct Chunk {
+  int64_t block, tile, tiles, span;
+  bool first, last;  // of its span
+};
+
+// Packed tiles of block j of a chunk; where `blocks` is 1, the first stands in for the second.
+const uint8_t* packed(const Matrix& w, const Chunk& chunk, int j, int blocks) {
+  return w.tiles + (chunk.block + (j < blocks ? j : 0)) * w.block_bytes() + chunk.tile * tile_bytes(w.bits);
+}
+
+struct Scratch {
+  uint8_t* b;     // the unpacked chunk: [2 blocks][kChunkTiles] tiles
+  uint8_t* c;     // int32 accumulators of every pair of row groups
+  uint8_t* sums;  // fp32 sums of all spans so far, likewise
+
+  static int64_t bytes(int64_t pairs) { return 2 * kChunkTiles * kTileBytes + 2 * pairs * kPairBytes; }
+  Scratch(uint8_t* at, int64_t pairs)
+      : b(at), c(at + 2 * kChunkTiles * kTileBytes), sums(c + pairs * kPairBytes) {}
+};
+
+// Brings the packed bytes of the next chunk to L2 while this one is multiplied, or unpacking would wait for them.
+class Prefetcher {
+ public:
+  // blocks: 1 or 2. steps: how often step() will be called.
+  void start(const Matrix& w, const Chunk& chunk, int blocks, int64_t steps) {
+    at_ = packed(w, chunk, 0, blocks);
+    stride_ = (blocks - 1) * w.block_bytes();
+    left_ = chunk.tiles * vectors_per_tile(w.bits);
+    quota_ = ceil_div(left_, steps);
+  }
+  LOWBIT_INLINE void step() {
+    const int64_t quota = least(quota_, left_);
+    left_ -= quota;
+    for (const uint8_t* end = at_ + quota * kVectorBytes; at_ < end; at_ += kVectorBytes) {
+      _mm_prefetch(at_, _MM_HINT_T1);
+      _mm_prefetch(at_ + stride_, _MM_HINT_T1);
+    }
+  }
+
+ private:
+  const uint8_t* at_ = nullptr;
+  int64_t stride_ = 0, left_ = 0, quota_ = 0;  // lines of a block
+};
+
+// Unpacks a chunk to signed levels.
+template <int kBits>
+class Unpacker {
+ public:
+  explicit Unpacker(const Matrix& w)
+      : w_(w), lut_(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.levels)))) {}
+
+  void start(const Chunk& chunk, int blocks) {
+    for (int j = 0; j < 2; ++j) from_[j] = packed(w_, chunk, j, blocks);
+    tiles_ = chunk.tiles;
+  }
+  int64_t tiles() const { return tiles_; }
+
+  // Tile t of block j.
+  LOWBIT_INLINE void tile(int j, int64_t t, uint8_t* b) const {
+    const uint8_t* from = from_[j] + t * kPacked;
+    uint8_t* to = b + (j * kChunkTiles + t) * kTileBytes;
+    const __m512i lut = lut_;
+    for (int v = 0; v < vectors_per_tile(kBits); ++v, from += kVectorBytes) {
+      const __m512i raw = Avx512::load(from);
+      unroll<positions(kBits)>([&](auto i) LOWBIT_LAMBDA {
+        Avx512::store(to, level<decltype(i)::value>(raw, lut));
+        to += kVectorBytes;
+      });
+    }
+  }
+
+ private:
+  static constexpr int64_t kPacked = tile_bytes(kBits);
+
+  // VPERMB reads the low 6 bits of its index: with the table repeated, the code needs no mask.
+  template <int kRow>
+  static LOWBIT_INLINE __m512i level(__m512i raw, __m512i lut) {
+    return _mm512_permutexvar_epi8(kRow == 0 ? raw : _mm512_srli_epi16(raw, kRow * kBits), lut);
+  }
+
+  const Matrix& w_;
+  const __m512i lut_;
+  const uint8_t* from_[2];
+  int64_t tiles_;
+};
+
+// A vector of each row: at a stride, or one for all rows where it is 0.
+struct Rows {
+  uint8_t* at;
+  int64_t stride;  // bytes
+};
+
+// Turns the accumulators of a complete span into outputs, a few rows at a time:
+// y = bias + sum over spans of scale * sx * C. kCodes: C are sums of codes, 128 above their levels.
+template <bool kCodes>
+class Folder {
+ public:
+  explicit Folder(const Job& job) : job_(job) {}
+
+  // The pair of row groups that begins at row; c and sums: its accumulators.
+  void start(const Chunk& chunk, int64_t row, const uint8_t* c, uint8_t* sums) {
+    const Matrix& w = job_.w;
+    const int64_t spans = w.spans();
+    left_ = least(job_.m - row, kPairRows);
+    c_ = c;
+    sx_ = job_.act.scale + row * spans + chunk.span;
+    sum_ = job_.act.sum + row * spans + chunk.span;
+    stride_ = spans;
+    const bool complete = chunk.span + 1 == spans;
+    for (int j = 0; j < 2; ++j) {
+      const int64_t block = least(chunk.block + j, w.blocks() - 1), output = block * kTileN;
+      uint8_t* so_far = sums + j * kHalfBytes;
+      Avx512::store_f32(scale_[j], Avx512::load_half(w.scales + (block * spans + chunk.span) * kTileN),
+                        kTileN);
+      Avx512::store_f32(bias_[j], load_bias<Avx512>(job_, block), kTileN);
+      before_[j] =
+          chunk.span > 0 ? Rows{so_far, kVectorBytes} : Rows{reinterpret_cast<uint8_t*>(bias_[j]), 0};
+      after_[j] = complete ? Rows{reinterpret_cast<uint8_t*>(job_.y + row * job_.y_stride + output),
+                                  job_.y_stride * 4}
+                           : Rows{so_far, kVectorBytes};
+      const int64_t count = complete ? least(kTileN, w.n - output) : kTileN;
+      mask_[j] = Avx512::first(block == chunk.block + j ? static_cast<int>(count) : 0);
+    }
+  }
+
+  LOWBIT_INLINE void step(int64_t quota) {
+    quota = least(quota, left_);
+    if (quota <= 0) return;
+    left_ -= quota;
+    const __m512 scale[2] = {Avx512::load_f32(scale_[0]), Avx512::load_f32(scale_[1])};
+    const __mmask16 mask[2] = {mask_[0], mask_[1]};
+    Rows before[2] = {before_[0], before_[1]}, after[2] = {after_[0], after_[1]};
+    const uint8_t* c = c_;
+    const float* sx = sx_;
+    const int32_t* sum_of_row = sum_;
+    const int64_t stride = stride_;
+    do {
+      const __m512 row_scale = Avx512::set1(*sx);
+      unroll<2>([&](auto j) LOWBIT_LAMBDA {
+        __m512i total = Avx512::load(c + j * kHalfBytes);
+        if constexpr (kCodes) total = _mm512_sub_epi32(total, _mm512_set1_epi32(128 * *sum_of_row));
+        const __m512 so_far = Avx512::load_f32(reinterpret_cast<const float*>(before[j].at));
+        const __m512 y = Avx512::fmadd(Avx512::to_f32(total), Avx512::mul(scale[j], row_scale), so_far);
+        _mm512_mask_storeu_ps(after[j].at, mask[j], y);
+        before[j].at += before[j].stride;
+        after[j].at += after[j].stride;
+      });
+      c += kVectorBytes;
+      sx += stride;
+      sum_of_row += stride;
+    } while (--quota > 0);
+    c_ = c, sx_ = sx, sum_ = sum_of_row;
+    for (int j = 0; j < 2; ++j) before_[j].at = before[j].at, after_[j].at = after[j].at;
+  }
+
+ private:
+  const Job& job_;
+  int64_t left_ = 0;  // rows
+  const uint8_t* c_ = nullptr;
+  const float* sx_ = nullptr;
+  const int32_t* sum_ = nullptr;
+  int64_t stride_ = 0;  // of both
+  Rows before_[2] = {}, after_[2] = {};
+  __mmask16 mask_[2] = {};
+  alignas(64) float scale_[2][kTileN], bias_[2][kTileN];
+};
+
+}  // namespace
+}  // namespace lowbit
