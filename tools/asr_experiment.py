@@ -17,6 +17,7 @@ from lowbit.tools.training.config import TrainConfig, config_file
 from lowbit.tools.training.data import corpus_file
 from lowbit.wer import score_corpus
 
+SAMPLES = ("16", "48")  # at least and at most, of 512 tokens: a few minutes on two cores
 FIRST_PASS, UNKNOWN = "first", "unknown_weight"
 # Row against row: (the one, the other). MAPSSWE and the paired interval are of one minus other.
 COMPARISONS = (
@@ -94,7 +95,7 @@ class AsrExperiment:
         if "plan" in self.given:
             plan = self.given["plan"]
         else:
-            argv = [fp, *data, "--metric", "kl", "--ratio", str(self.ratio), "--out", sens]
+            argv = [fp, *data, "--metric", "kl", "--samples", *SAMPLES, "--ratio", str(self.ratio), "--out", sens]
             step("sensitivity", "sensitivity", argv, [fp, *text], [sens])
             step("allocate", "allocate", [sens, "--ratio", str(self.ratio), "--out", plan], [sens], [plan])
         options = ["--epochs", recipe.epochs, "--lr", recipe.lr, "--dropout-scale", recipe.dropout_scale]
