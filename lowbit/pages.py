@@ -1,4 +1,4 @@
-"""Memory for weights on huge pages: reading a matrix from DRAM is 10 to 20 % faster than on 4 KiB pages.
+"""Memory for weights on huge pages, from which a matrix is read faster than from 4 KiB pages.
 
 A hardware prefetcher stops at the end of a page, and every 4 KiB cost a translation (a walk in two dimensions in a
 virtual machine). Linux gives huge pages to aligned memory on request (transparent huge pages, "madvise"); where it does

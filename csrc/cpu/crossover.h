@@ -1,6 +1,6 @@
 // From how many rows M the panel kernel (`large`) is chosen over the one that unpacks as it goes (`small`), per
-// instruction set and bits 1, 2, 4, 8. Set where a panel of rows is full (8 for scalar and AMX tiles of 16 rows half
-// used, 16 elsewhere), not yet tuned by timings.
+// instruction set and bits 1, 2, 4, 8. x86: where the two took equally long on one core of a Sapphire Rapids, weights
+// in L2, 2048 x 512 and 1024 x 1024; the others: where a panel of rows is full. `lowbit tune-cpu` measures a machine.
 #pragma once
 
 #include "isa.h"
@@ -10,9 +10,9 @@ namespace lowbit {
 constexpr int kCrossover[kIsaCount][4] = {
     {8, 8, 8, 8},      // scalar
     {16, 16, 16, 16},  // neon
-    {16, 16, 16, 16},  // avx2
-    {16, 16, 16, 16},  // avx512
-    {8, 8, 8, 8},      // amx
+    {12, 12, 12, 24},  // avx2
+    {24, 24, 24, 28},  // avx512
+    {5, 5, 5, 5},      // amx
 };
 
 }  // namespace lowbit

@@ -98,7 +98,7 @@ LinearPlan plan_linear(const Matrix& w, int64_t m, Compute compute) {
   plan.quantize = set.quantize;
   plan.form = {w.k, w.span, exact, large && set.large.tiled};
   plan.m = m;
-  plan.column_unit = large ? set.large.blocks : 2;
+  plan.column_unit = large ? set.large.blocks : 4;  // small: as many streams as any kernel reads at once
   if (large) {
     Job job;
     job.w = w;
