@@ -68,7 +68,7 @@ def train_ngram(text: str | Path, out: str | Path, order: int = 3) -> dict[str, 
         marked = Path(folder) / "text"
         with open(marked, "w", encoding="utf-8") as stream:
             stream.writelines(f"<s> {line} </s>\n" for _, line in numbered_lines(text) if line.strip())
-        command = [program, f"-tr={marked}", f"-n={order}", *SMOOTHING, f"-oarpa={temporary}"]
+        command = [program, f"-tr={marked}", f"-n={order}", *SMOOTHING, f"-oarpa={temporary.resolve()}"]
         done = subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode or not temporary.is_file():
             raise LowbitError(f"{text}: IRSTLM failed: {' '.join(done.stderr.split())[-300:]}")
