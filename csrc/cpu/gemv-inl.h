@@ -104,7 +104,10 @@ struct Strip {
       typename S::I32 total[kM][kN];
       dot(weights, s * span_tiles, least(tiles, (s + 1) * span_tiles), w.block_bytes(), lut, total);
       typename S::F32 scale[kN];
-      unroll<kN>([&](auto n) LOWBIT_LAMBDA { scale[n] = S::load_half(scales[n] + s * kTileN); });
+      unroll<kN>([&](auto n) LOWBIT_LAMBDA {
+        __builtin_prefetch(scales[n] + (s + kN * spans) * kTileN);  // this stream's next block
+        scale[n] = S::load_half(scales[n] + s * kTileN);
+      });
       unroll<kM>([&](auto m) LOWBIT_LAMBDA {
         const int64_t at = row[m] * spans + s;
         const typename S::F32 sx = S::set1(job.act.scale[at]);
