@@ -85,7 +85,8 @@ struct Frame {
   int64_t stripe = 0;  // parts that are multiplied at a time
 
   float* x;                      // [nodes, D]; one a member where redundant
-  float *q, *k, *v;              // [nodes, D]; q becomes the attention's output, k the branch's
+  float *q, *k, *v;              // [nodes, D]; q becomes the attention's output
+  float* branch;                 // [nodes, D], of attention or MLP, not yet added to x
   float* h;                      // [nodes, F]
   float *part_max, *part_sum;    // [rows, parts rounded up to 16]
   float *lse, *target_logits;    // [rows], [targets]

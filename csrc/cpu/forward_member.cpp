@@ -53,7 +53,7 @@ void Member::embed(int64_t node) {
 // Adds the output of a branch to the residual stream; post-norm models then normalize the sum.
 void Member::settle(int64_t node, const NormWeights* after) {
   float* x = x_ + node * model_.d;
-  ops_.add(x, frame_.k + node * model_.d, model_.d);
+  ops_.add(x, frame_.branch + node * model_.d, model_.d);
   if (after != nullptr) ops_.layer_norm(x, *after, model_.d, x);
 }
 
@@ -97,7 +97,7 @@ void Member::attention(size_t layer) {
   mark(kAttention);
   wait();
 
-  Product o = product(l.o, n, frame_.k);  // the keys are in their slots, or done with
+  Product o = product(l.o, n, frame_.branch);
   prepare_rows(&o, 1, n, [&](int64_t m, float*) { return frame_.q + m * model_.d; });
   run(o);
   mark(kProducts);
@@ -162,7 +162,7 @@ void Member::mlp(size_t layer) {
   mark(kProducts);
   wait();
 
-  Product fc2 = product(l.fc2, n, frame_.k);
+  Product fc2 = product(l.fc2, n, frame_.branch);
   prepare_rows(&fc2, 1, n, [&](int64_t m, float* room) {
     ops_.activation[model_.activation](frame_.h + m * model_.ffn, model_.ffn, room);
     return room;
