@@ -21,7 +21,7 @@ from lowbit.model import TransformerLM
 
 # Nodes of one forward: enough that unpacking weights is cheap against multiplying by them, and so few that the
 # activations stay in the cache of the cores.
-TOKEN_BUDGET = 256
+TOKEN_BUDGET = 128
 
 
 class NativeBackend:
