@@ -162,7 +162,7 @@ void Engine::score_batch(const ForestQuery& query, const Workspace& order, Range
   const Frame frame = lay_out_in(batch, threads, ws);
   // Slots in the very rows that the k and v products write.
   ws.slots.resize(ws.path_nodes.size());
-  for (size_t i = 0; i < ws.slots.size(); ++i) ws.slots[i] = frame.k + ws.path_nodes[i] * model_.d;
+  for (size_t i = 0; i < ws.slots.size(); ++i) ws.slots[i] = frame.k + ws.path_nodes[i] * frame.kv_stride;
   batch.slots = ws.slots.data();
   batch.value_offset = frame.v - frame.k;
   run_team(batch, frame);

@@ -61,7 +61,9 @@ Frame lay_out(const Model& m, const Batch& batch, int threads, Bump& memory) {
     pointer = memory.take<T>(share * pieces);
   };
   each(f.x_share, nodes * m.d, copies, f.x);
-  for (float** p : {&f.q, &f.k, &f.v, &f.branch}) *p = memory.take<float>(nodes * m.d);
+  f.kv_stride = m.d + kTileN;
+  for (float** p : {&f.q, &f.branch}) *p = memory.take<float>(nodes * m.d);
+  for (float** p : {&f.k, &f.v}) *p = memory.take<float>(nodes * f.kv_stride);
   f.h = memory.take<float>(nodes * m.ffn);
   each(f.row_share, wide, f.threads, f.each_row);
   each(f.dense_share, m.compute == Compute::kExact ? most * wide : 0, copies, f.each_dense);

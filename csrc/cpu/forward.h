@@ -84,10 +84,12 @@ struct Frame {
   int64_t parts = 0;   // of kPart outputs, in which the output layer is reduced
   int64_t stripe = 0;  // parts that are multiplied at a time
 
-  float* x;                      // [nodes, D]; one a member where redundant
-  float *q, *k, *v;              // [nodes, D]; q becomes the attention's output
-  float* branch;                 // [nodes, D], of attention or MLP, not yet added to x
-  float* h;                      // [nodes, F]
+  float* x;           // [nodes, D]; one a member where redundant
+  float* q;           // [nodes, D]; becomes the attention's output
+  float *k, *v;       // [nodes, kv_stride]
+  int64_t kv_stride;  // D and a cache line: rows 2048 bytes apart would share few sets of the L1 cache
+  float* branch;      // [nodes, D], of attention or MLP, not yet added to x
+  float* h;           // [nodes, F]
   float *part_max, *part_sum;    // [rows, parts rounded up to 16]
   float *lse, *target_logits;    // [rows], [targets]
   float* each_row;               // [max(D, F)]

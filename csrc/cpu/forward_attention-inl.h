@@ -8,25 +8,39 @@ namespace {
 
 constexpr int kKeys = 4;  // whose products are summed side by side, to hide the latency of an addition
 
+// products[i]: lanes whose sum is q k, for kKeys keys.
+template <class S>
+LOWBIT_INLINE void multiply_keys(const HeadQuery& query, const float* const (&key)[kKeys],
+                                 typename S::F32* products) {
+  unroll<kKeys>([&](auto i) LOWBIT_LAMBDA { products[i] = S::zero_f32(); });
+  for_vectors(query.dim, [&](int64_t d, auto count) LOWBIT_LAMBDA {
+    const typename S::F32 q = load<S>(query.q + d, count);
+    unroll<kKeys>([&](auto i)
+                      LOWBIT_LAMBDA { products[i] = S::fmadd(q, load<S>(key[i] + d, count), products[i]); });
+  });
+}
+
 // scores[0..16) = q K^T for keys [first, first + 16), minus infinity where there are none.
 template <class S>
 LOWBIT_INLINE typename S::F32 score_keys(const HeadQuery& query, int64_t first, float* scores) {
-  using F32 = typename S::F32;
   const int64_t left = query.count - first;
-  F32 products[16];
-  unroll<16>([&](auto i) LOWBIT_LAMBDA { products[i] = S::zero_f32(); });
-  for (int group = 0; group < 16 && group < left; group += kKeys) {
-    const float* key[kKeys];
-    for (int i = 0; i < kKeys; ++i) {
-      key[i] = query.slots[first + least(group + i, left - 1)] + query.key;
-    }
-    F32 sum[kKeys];
-    unroll<kKeys>([&](auto i) LOWBIT_LAMBDA { sum[i] = S::zero_f32(); });
-    for_vectors(query.dim, [&](int64_t d, auto count) LOWBIT_LAMBDA {
-      const F32 q = load<S>(query.q + d, count);
-      unroll<kKeys>([&](auto i) LOWBIT_LAMBDA { sum[i] = S::fmadd(q, load<S>(key[i] + d, count), sum[i]); });
+  const float* const* slots = query.slots + first;
+  typename S::F32 products[16];
+  if (left >= 16) {
+    unroll<16 / kKeys>([&](auto g) LOWBIT_LAMBDA {
+      const float* key[kKeys];
+      unroll<kKeys>([&](auto i) LOWBIT_LAMBDA { key[i] = slots[g * kKeys + i] + query.key; });
+      multiply_keys<S>(query, key, products + g * kKeys);
     });
-    unroll<kKeys>([&](auto i) LOWBIT_LAMBDA { products[group + i] = sum[i]; });
+    const typename S::F32 sums = S::reduce_add_each(products);
+    S::store_f32(scores, sums, 16);
+    return sums;
+  }
+  unroll<16>([&](auto i) LOWBIT_LAMBDA { products[i] = S::zero_f32(); });
+  for (int64_t group = 0; group < left; group += kKeys) {
+    const float* key[kKeys];
+    for (int i = 0; i < kKeys; ++i) key[i] = slots[least(group + i, left - 1)] + query.key;
+    multiply_keys<S>(query, key, products + group);
   }
   S::store_f32(scores, S::reduce_add_each(products), 16);
   for (int64_t i = left; i < 16; ++i) scores[i] = kMinusInfinity;

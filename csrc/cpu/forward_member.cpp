@@ -77,6 +77,7 @@ void Member::attention(size_t layer) {
   const Layer& l = model_.layers[layer];
   const int64_t n = batch_.nodes;
   Product qkv[3] = {product(l.q, n, frame_.q), product(l.k, n, frame_.k), product(l.v, n, frame_.v)};
+  qkv[1].job.y_stride = qkv[2].job.y_stride = frame_.kv_stride;
   prepare_rows(qkv, 3, n, [&](int64_t m, float* room) {
     enter_layer(layer, m);
     return stream(m, model_.pre_norm ? &l.norm1 : nullptr, room);
@@ -113,7 +114,8 @@ void Member::keep_keys(size_t layer, Range nodes, Range heads) {
     float* slot = batch_.slots[batch_.path[m] + position] + static_cast<int64_t>(layer) * batch_.layer_stride;
     const float* cos = model_.positions + position * half;
     for (int64_t h = heads.begin; h < heads.end; ++h) {
-      const float *k = frame_.k + m * model_.d + h * dim, *v = frame_.v + m * model_.d + h * dim;
+      const float *k = frame_.k + m * frame_.kv_stride + h * dim,
+                  *v = frame_.v + m * frame_.kv_stride + h * dim;
       float *key = slot + h * dim, *value = key + batch_.value_offset;
       if (model_.rotary) {
         ops_.rotate(k, cos, cos + model_.max_len * half, half, 1.0f, key);
@@ -130,11 +132,12 @@ void Member::attend_heads(size_t layer, Range nodes, Range heads) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   HeadQuery query;
   query.dim = dim;
-  for (int64_t m = nodes.begin; m < nodes.end; ++m) {
-    const int64_t position = batch_.positions[m];
-    query.slots = batch_.slots + batch_.path[m];
-    query.count = position + 1;
-    for (int64_t h = heads.begin; h < heads.end; ++h) {
+  for (int64_t h = heads.begin; h < heads.end;
+       ++h) {  // outside: a head's keys stay in L1 for the nodes of a chain
+    query.key = static_cast<int64_t>(layer) * batch_.layer_stride + h * dim;
+    query.value = query.key + batch_.value_offset;
+    for (int64_t m = nodes.begin; m < nodes.end; ++m) {
+      const int64_t position = batch_.positions[m];
       float* q = frame_.q + m * model_.d + h * dim;
       if (model_.rotary) {
         const float* cos = model_.positions + position * half;
@@ -143,8 +146,8 @@ void Member::attend_heads(size_t layer, Range nodes, Range heads) {
         ops_.scale_add(q, scale, nullptr, dim);
       }
       query.q = q;
-      query.key = static_cast<int64_t>(layer) * batch_.layer_stride + h * dim;
-      query.value = query.key + batch_.value_offset;
+      query.slots = batch_.slots + batch_.path[m];
+      query.count = position + 1;
       ops_.attend(query, scores_, q);
     }
   }
