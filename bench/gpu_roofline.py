@@ -182,11 +182,42 @@ def occupancy(entry: dict, machine: dict) -> int:
     return min(by_registers, machine["shared"] // (entry["shared"] + 1024), 2048 // entry["threads"])
 
 
+def tables(kernels: list[dict]) -> dict[str, str]:
+    """Markdown of the fp16 kernels on sm_90, for the page on them."""
+    out = {}
+    for kind, extra in (("gemv", " issue bound / bandwidth |"), ("gemm", "")):
+        rows = [k for k in kernels if k["arch"] == 90 and k["kernel"].startswith(kind) and "Fp16" in k["kernel"]]
+        lines = [
+            f"| kernel | registers | spilled | shared KiB | blocks | KiB in flight | instructions a weight |{extra}"
+        ]
+        lines.append("|---|" + "---:|" * (6 + bool(extra)))
+        for k in rows:
+            line = (
+                f"| {k['kernel'].replace(' Fp16', '')} | {k['registers']} | {k['spilled']} | {k['shared'] / 1024:.0f} "
+                f"| {k['blocks_per_sm']} | {k['in_flight_per_sm'] / 1024:.0f} | {k['instructions_per_weight']:.2f} |"
+            )
+            lines.append(line + (f" {k['issue_bound_share']:.1f} |" if extra else ""))
+        out[kind] = "\n".join(lines)
+    return out
+
+
+def write_page(page: Path, kernels: list[dict]) -> None:
+    """Put the tables between their markers."""
+    text = page.read_text(encoding="utf-8")
+    for kind, table in tables(kernels).items():
+        pattern = rf"(<!-- table:{kind} -->\n).*?(<!-- end -->)"
+        text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
+        if not count:
+            sys.exit(f"gpu_roofline: {page} has no place for the table {kind}")
+    page.write_text(text, encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=sorted(MACHINES))
     parser.add_argument("--variants", choices=("small", "all"), default="all")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--page", type=Path, help="put its tables into this Markdown file")
     args = parser.parse_args(argv)
     for tool in ("nvcc", os.environ.get("CXX", "c++")):
         if not shutil.which(tool):
@@ -216,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         compiler = run("nvcc", "--version").strip().splitlines()[-2]
         args.out.write_text(json.dumps({"nvcc": compiler, "machines": MACHINES, "kernels": result}, indent=1) + "\n")
+    if args.page:
+        write_page(args.page, result)
     return 0
 
 

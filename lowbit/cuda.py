@@ -59,13 +59,7 @@ class CudaBackend(TorchBackend):
             if self._step is None:
                 self._step = DecodeStep(self.model, self.device)
             block = self._step.run(past, int(tokens[0]))
-        return block, self.next_log_probs(block) if distribution else None
-
-    @torch.inference_mode()
-    def next_log_probs(self, block: Block) -> np.ndarray:
-        if len(block.data) == 3:
-            return block.data[2].cpu().numpy()
-        return super().next_log_probs(block)
+            return block, self._step.log_probs.cpu().numpy() if distribution else None
 
 
 class DecodeStep:
@@ -90,7 +84,7 @@ class DecodeStep:
         self._graph = self._capture() if device.type == "cuda" else None
 
     def run(self, past: Block | None, token: int) -> Block:
-        """The block of ``token`` after ``past``; its data also has the log-probabilities of what follows."""
+        """The block of ``token`` after ``past``; the log-probabilities of what follows are in ``log_probs``."""
         at = self._bring(past)
         self.token.fill_(token)
         self.position.fill_(at)
@@ -99,7 +93,7 @@ class DecodeStep:
         else:
             self._graph.replay()
         kv = self.cache[:, :, None, :, at : at + 1].clone()
-        block = Block(past, at + 1, (kv, self.normed[0, : self.x.shape[1]].float(), self.log_probs.clone()))
+        block = Block(past, at + 1, (kv, self.normed[0, : self.x.shape[1]].float()))
         self._held.append(block)
         return block
 
