@@ -46,7 +46,7 @@ def test_nothing_spills_and_blocks_fit(kernels):
         if kernel["kernel"].startswith("gemv"):
             # Little's law: 3.35e12 bytes/s * 0.7 us / 132 multiprocessors = 18 KB.
             assert kernel["blocks_per_sm"] >= 2 and kernel["in_flight_per_sm"] >= 16 * 1024, kernel
-            assert kernel["of_which"]["LDG"] > 0 and kernel["instructions_per_weight"] < 3, kernel
+            assert kernel["of_which"]["LDG"] > 0 and kernel["instructions_per_weight"] < 4.5, kernel
 
 
 @pytest.mark.slow

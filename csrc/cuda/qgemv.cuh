@@ -19,11 +19,15 @@ struct GemvShape {
   static constexpr int kRows = kBits == 8 ? 32 : 64;  // outputs a block
   static constexpr int kTiles = kRows / kTile;
   static constexpr int kLoads = kRows / block_rows(kBits) * vectors(kBits);  // 16-byte loads a lane and chunk
-  // Chunks in flight, as many as the registers hold.
-  static constexpr int kDepth = kBits > 2 || kColumns > 1 ? 2 : kLookup || kGrouped ? 2 : 4;
-  static constexpr int kWarps = kColumns == 1 ? 8 : 4, kThreads = 32 * kWarps;
-  // A multiprocessor: 128 registers a thread for one column tile, 168 for two, 255 where those are folded by groups.
-  static constexpr int kBlocks = kColumns == 1 || kGrouped ? 2 : 3;
+  // The registers of a thread: 128 where one column tile leaves room for two blocks of 8 warps, else 168, or 255 where
+  // two column tiles are folded by groups. Chunks in flight: as many as they hold.
+  static constexpr bool kTight = kColumns == 1 && !(kBits == 2 && kLookup && kGrouped);
+  static constexpr int kWarps = kTight ? 8 : 4, kThreads = 32 * kWarps;
+  static constexpr int kBlocks = kTight || (kColumns == 2 && kGrouped) ? 2 : 3;  // a multiprocessor
+  static constexpr int kDepth = kBits > 2 || kLookup          ? 2
+                                : kColumns == 1 && !kGrouped  ? 4
+                                : kColumns == 2 && kBits == 1 ? (kGrouped ? 4 : 3)
+                                                              : 2;
   static constexpr int kMaxM = 8 * kColumns;
   static constexpr int kPitch = kRows + 4;  // of the sums in shared memory: no bank conflicts
   static constexpr int kSharedBytes = (kWarps * kMaxM * kPitch + 1) * 4;
