@@ -11,20 +11,22 @@ DTYPE = torch.float16  # of activations between matrices
 
 
 class GpuLinear(torch.nn.Module):
-    """``x float [..., K] -> fp16 [..., N]`` with a weight [N, K] of 1, 2, 4 or 8 bits; x is rounded to fp16.
+    """``x float [..., K] -> [..., N]`` with a weight [N, K] of 1, 2, 4 or 8 bits; x is rounded to fp16.
+
+    ``out_dtype``: fp16, or fp32 for logits, whose differences count.
 
     The weight is no parameter and no buffer, as in :class:`~lowbit.layers.QuantLinear`.
     """
 
-    def __init__(self, weight: GpuWeight, bias: torch.Tensor | None = None):
+    def __init__(self, weight: GpuWeight, bias: torch.Tensor | None = None, out_dtype: torch.dtype = DTYPE):
         super().__init__()
         if bias is not None and bias.shape != weight.shape[:1]:
             raise LowbitError(f"bias {list(bias.shape)} does not fit the weight {list(weight.shape)}")
-        self.weight = weight
+        self.weight, self.out_dtype = weight, out_dtype
         self.register_buffer("bias", None if bias is None else bias.detach().float().to(weight.device).contiguous())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x.to(DTYPE), self.weight, self.bias)
+        return linear(x.to(DTYPE), self.weight, self.bias, self.out_dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight!r}, bias={self.bias is not None}"

@@ -97,13 +97,15 @@ def _cpu_module(name, matrix: PackedMatrix, bias, device: str, compute: str) -> 
 
 def _gpu_module(name, matrix: PackedMatrix, bias, device: str, compute: str) -> tuple[nn.Module, set[str]]:
     """As :func:`_cpu_module`, on the GPU kernels: activations are fp16, whatever ``compute``."""
-    from lowbit.gpu_layers import GpuEmbedding, GpuLinear
+    from lowbit.gpu_layers import DTYPE, GpuEmbedding, GpuLinear
     from lowbit.kernels import GpuWeight
     from lowbit.kernels.launch import serves
 
     weight = GpuWeight.from_packed_matrix(matrix).to(device)
     kernels = {f"{serves(weight.bits, rows, weight.device)} {weight.bits}-bit M={rows}" for rows in (1, _MANY_ROWS)}
-    return (GpuEmbedding(weight) if name == "embed" else GpuLinear(weight, bias)), kernels
+    if name == "embed":
+        return GpuEmbedding(weight), kernels
+    return GpuLinear(weight, bias, torch.float32 if name == "head" else DTYPE), kernels
 
 
 def relay(matrix: PackedMatrix) -> ops.PackedWeight:
