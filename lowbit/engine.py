@@ -26,7 +26,7 @@ from lowbit.vocab import EOS, EOS_ID, Vocab
 
 # Input tokens of one forest, and utterances whose lists become one: bounds memory, whatever the length of the input.
 _FOREST_TOKENS = 2**14
-_FOREST_LISTS = 64
+_FOREST_LISTS = 256
 
 
 @dataclass(frozen=True)
