@@ -92,7 +92,7 @@ class Evaluation:
 def load(path: PathLike, device: str = "cpu", compute: str = "int8", threads: int | None = None) -> LanguageModel:
     """Load a full-precision checkpoint or a packed ``.lowbit`` file.
 
-    Packed models run on the native engine or the GPU kernels, checkpoints on PyTorch; ``describe()["backend"]`` tells which.
+    Packed models run on the native engine or the GPU kernels, checkpoints on PyTorch; ``describe()["backend"]`` tells.
 
     Args:
         compute: for packed files: activations rounded to "int8" on the fly, or "exact" fp32 activations.
