@@ -10,6 +10,7 @@ import torch
 from lowbit.errors import LowbitError
 
 _POWERS_OF_3 = (1, 3, 9, 27, 81)
+_SLICE = 1 << 20  # codes packed at a time, so that the temporaries of a large matrix stay small and in cache
 
 
 def row_bytes(k: int, bits: int) -> int:
@@ -39,11 +40,13 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
         raise LowbitError(f"code {int(codes.max())} does not fit in {bits} bits")
     if bits == 8:
         return codes.contiguous().clone()
-    per_byte = 8 // bits
-    groups = _pad_columns(codes, per_byte)  # [N, bytes, per_byte]
-    out = groups[..., 0].clone()
-    for i in range(1, per_byte):
-        out |= groups[..., i] << (i * bits)
+    out = torch.empty(len(codes), row_bytes(codes.shape[1], bits), dtype=torch.uint8, device=codes.device)
+    step = max(1, _SLICE // max(1, codes.shape[1]))
+    for i in range(0, len(codes), step):
+        rows, groups = out[i : i + step], _pad_columns(codes[i : i + step], 8 // bits)  # [rows, bytes, codes a byte]
+        rows.copy_(groups[..., 0])
+        for j in range(1, 8 // bits):
+            rows |= groups[..., j] << (j * bits)
     return out
 
 
