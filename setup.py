@@ -81,7 +81,7 @@ setup(
         "lowbit.tools.search",
         "lowbit.tools.table_parts",
         "lowbit.tools.training",
-    ],  # fmt: skip
+    ],
     package_dir={"lowbit": "lowbit", "lowbit.kernels": "kernels", "lowbit.tools": "tools"},
     package_data={"lowbit.tools": ["configs/*.json", "configs/tables/*.json"]},
     ext_modules=[Extension(name, sources=[]) for name in ("lowbit._C", "lowbit._CUDA")[: 1 + wants_cuda()]],

@@ -87,7 +87,7 @@ def test_a_ratio_is_a_ceiling_to_the_byte(model):
     assert budget.nbytes * 3 <= size.fp32_nbytes < (budget.nbytes + 1) * 3
 
 
-@pytest.mark.parametrize("info", [{}, {"x": "naïve \"q\" \\"}, {"x": "y" * 2500}, {"pad": "mine"}])
+@pytest.mark.parametrize("info", [{}, {"x": 'naïve "q" \\'}, {"x": "y" * 2500}, {"pad": "mine"}])
 def test_provenance_fills_whole_blocks(info):
     stored = padded(info)
     assert stored_nbytes(stored) % PROVENANCE_BYTES == 0 and stored_nbytes(stored) > 0
