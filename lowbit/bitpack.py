@@ -40,7 +40,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
         raise LowbitError(f"code {int(codes.max())} does not fit in {bits} bits")
     if bits == 8:
         return codes.contiguous().clone()
-    out = torch.empty(len(codes), row_bytes(codes.shape[1], bits), dtype=torch.uint8, device=codes.device)
+    out = codes.new_empty(len(codes), row_bytes(codes.shape[1], bits))
     step = max(1, _SLICE // max(1, codes.shape[1]))
     for i in range(0, len(codes), step):
         rows, groups = out[i : i + step], _pad_columns(codes[i : i + step], 8 // bits)  # [rows, bytes, codes a byte]
