@@ -23,7 +23,8 @@ export LOWBIT_CUDA=on LOWBIT_CUDA_ARCHS=${LOWBIT_CUDA_ARCHS:-90-real} PYTHONSAFE
 # The packages by their installed names, without installing: lowbit.kernels is kernels/, lowbit.tools is tools/.
 site=$PWD/build/gpu-site
 rm -rf "$site" && mkdir -p "$site/lowbit"
-export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+# PYTHONSAFEPATH leaves out the folder of a script: bench/ is named for what the scripts there share.
+export PYTHONPATH=$site:$root/bench${PYTHONPATH:+:$PYTHONPATH}
 
 left() { echo $((540 - (SECONDS - started))); }
 # step NAME SECONDS COMMAND...: the end of its log, and what came of it in OUT/steps.

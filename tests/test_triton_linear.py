@@ -55,8 +55,8 @@ def guarded(monkeypatch):
     buffers, inner, empty = [], [], torch.empty
 
     def poisoned(*shape, dtype=None, device=None):
-        if device is None:  # not the launcher
-            return empty(*shape, dtype=dtype)
+        if device is None or not isinstance(shape[0], tuple):  # not the launcher
+            return empty(*shape, dtype=dtype, device=device)
         (shape,) = shape
         size = torch.Size(shape).numel()
         whole = empty(size + 2 * GUARD, dtype=dtype, device=device).fill_(SENTINEL)
