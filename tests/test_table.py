@@ -16,7 +16,7 @@ from lowbit.tools.pipeline import Pipeline
 from lowbit.tools.table_parts.config import TableConfig, tables
 from lowbit.tools.table_parts.paired import BLOCK, MARGIN, block_bootstrap, compare, perplexity_interval
 from lowbit.tools.table_parts.pictures import front
-from lowbit.tools.table_parts.rows import first_rows, headline_rows, plans
+from lowbit.tools.table_parts.rows import EQUAL_BYTES, first_rows, headline_rows, plans
 
 TINY = {
     "seeds": [3], "ratio": 3, "budgets": [], "uniform": ["2"], "manual": "embed=4 *=2", "randoms": 1, "epochs": 0.5,
@@ -96,14 +96,14 @@ def test_named_tables_have_every_row(name):
     wanted = {"fp32", "fp32-again", "fp32-distilled", "manual", "hessian", "kl", "nas", "inverse", "ste-only",
               "admm-only", "post-training"}  # fmt: skip
     wanted |= {f"uniform-{c}" for c in ("1", "ternary", "2", "4", "8")} | {f"random-{i}" for i in range(1, 6)}
-    assert wanted | {"hessian-8x", "hessian-24x"} <= set(keys) and len(set(keys)) == len(keys)
+    assert wanted | {"hessian-8x", "hessian-24x", EQUAL_BYTES} <= set(keys) and len(set(keys)) == len(keys)
     assert len(config.seeds) >= 3
     best = next(s for s in specs if s.key == "nas")
     headline = headline_rows(config, best)
     assert headline[0].key == "nas-seeds" and headline[0].seeds == tuple(config.seeds)
-    # Every trained row has the same length; a plan that is not nas comes from allocate.
+    # Every trained row has the same length; a plan comes from allocate, but nas, and one whose budget another sets.
     assert {s.epochs for s in specs if s.epochs is not None} == {config.epochs}
-    assert {s.plan for s in specs if s.plan} - {"nas"} == set(plans(config))
+    assert {s.plan for s in specs if s.plan} - {"nas", EQUAL_BYTES} == set(plans(config))
 
 
 @pytest.mark.parametrize(

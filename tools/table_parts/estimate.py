@@ -7,7 +7,7 @@ from typing import Any
 from lowbit.config import ModelConfig
 from lowbit.tools.search.choices import CHOICES
 from lowbit.tools.table_parts.config import TableConfig
-from lowbit.tools.table_parts.rows import first_rows, headline_rows, plans
+from lowbit.tools.table_parts.rows import EQUAL_BYTES, first_rows, headline_rows, plans
 from lowbit.tools.table_parts.run import model_name
 from lowbit.tools.training.config import TrainConfig
 from lowbit.tools.training.start import Corpora
@@ -44,7 +44,7 @@ def stages(data: str, config: TableConfig) -> dict[str, Any]:
         samples = _most(getattr(config, metric), 500)
         matrices = len(model.matrix_shapes())
         add(f"sensitivity-{metric}", "sensitivity", samples, 8 if metric == "hessian" else matrices * 0.4)
-    for name in plans(config):
+    for name in [*plans(config), EQUAL_BYTES]:
         add(f"allocate-{name}", "allocate", 0)
     add("nas", "nas", _value(config.nas, "--epochs", 3.0) * epoch, 2.5)
     for spec in [*specs, *headline_rows(config, best)]:

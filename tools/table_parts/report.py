@@ -8,7 +8,7 @@ from typing import Any
 
 from lowbit.tools.cli import format_seconds
 from lowbit.tools.results import markdown
-from lowbit.tools.table_parts.rows import SEARCHED
+from lowbit.tools.table_parts.rows import EQUAL_BYTES, SEARCHED
 
 COLUMNS = (
     ("model", "title", "{}"),
@@ -58,6 +58,8 @@ def _verdicts(result: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) 
         f"- Best searched plan by validation: {best['title']}, test PPL {best['test_ppl']:.2f} at"
         f" {best['bytes']:,} bytes; uniform 2 bits {uniform['test_ppl']:.2f} at {uniform['bytes']:,} bytes."
     ]
+    equal = rows[EQUAL_BYTES]
+    lines.append(f"- {equal['title']}: {equal['test_ppl']:.2f} at {equal['bytes']:,} bytes.")
     if drawn:
         average = mean(row["test_ppl"] for row in drawn)
         lines.append(f"- Mean of {len(drawn)} random plans of the same budget: {average:.2f}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lowbit.tools.table_parts.config import TableConfig
 
 SEARCHED = ("hessian", "kl", "nas")
+EQUAL_BYTES = "hessian-equal"  # the Hessian's plan of as many bytes as uniform 2 bits
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class RowSpec:
 
 
 def plans(config: TableConfig) -> dict[str, list[str]]:
-    """Plan name -> arguments of `lowbit allocate` behind its file of sensitivities; nas has a stage of its own."""
+    """Plan name -> arguments of `lowbit allocate` behind its file of sensitivities, but for those that wait for others:
+    nas has a stage of its own, and the budget of ``EQUAL_BYTES`` is the size of another plan."""
     at = ["--ratio", str(config.ratio)]
     out = {f"uniform-{c}": ["--uniform", c] for c in config.uniform}
     out |= {"manual": ["--manual", config.manual], "hessian": at, "kl": at, "inverse": [*at, "--inverse"]}
@@ -57,6 +59,7 @@ def first_rows(config: TableConfig) -> list[RowSpec]:
     titles |= {f"random-{i}": f"random {i} {ratio}" for i in range(1, config.randoms + 1)}
     titles |= {"inverse": f"inverse Hessian {ratio}"}
     titles |= {f"hessian-{b:g}x": f"Hessian {b:g}x" for b in config.budgets}
+    titles[EQUAL_BYTES] = "Hessian, bytes of uniform 2"
     rows += [RowSpec(plan, title, "admm", plan, seed, e) for plan, title in titles.items()]
     rows += [
         RowSpec("ste-only", f"Hessian {ratio}, straight-through only", "straight-through", "hessian", seed, e),

@@ -14,7 +14,7 @@ from lowbit.tools.pipeline import Pipeline
 from lowbit.tools.search.choices import choice_name
 from lowbit.tools.table_parts.config import TableConfig
 from lowbit.tools.table_parts.paired import compare, perplexity_interval
-from lowbit.tools.table_parts.rows import SEARCHED, RowSpec, first_rows, headline_rows, plans
+from lowbit.tools.table_parts.rows import EQUAL_BYTES, SEARCHED, RowSpec, first_rows, headline_rows, plans
 from lowbit.tools.training.admm_options import AdmmOptions
 from lowbit.tools.training.config import TrainConfig, config_file
 from lowbit.tools.training.data import corpus_file
@@ -75,12 +75,17 @@ class Table:
             argv += ["--out", out]
             found[metric] = step(f"sensitivity-{metric}", "sensitivity", argv, [fp, *self._corpus()], [out])
         for name, options in plans(c).items():
-            sens, out = self._path(f"sens-{'kl' if name == 'kl' else 'hessian'}.json"), self._plan(name)
-            found[f"plan-{name}"] = step(f"allocate-{name}", "allocate", [sens, *options, "--out", out], [sens], [out])
+            found[f"plan-{name}"] = self._allocate(name, "kl" if name == "kl" else "hessian", options)
+        budget = ["--bytes", str(found["plan-uniform-2"]["bytes"])]
+        found[f"plan-{EQUAL_BYTES}"] = self._allocate(EQUAL_BYTES, "hessian", budget)
         out = self._plan("nas")
         argv = [fp, "--data", self.data, "--ratio", str(c.ratio), "--lr", str(c.lr), *c.nas, "--out", out]
         found["nas"] = step("nas", "nas", argv, [fp, *self._corpus()], [out])
         return {key: {k: v for k, v in value.items() if "seconds" not in k} for key, value in found.items()}
+
+    def _allocate(self, name: str, metric: str, options: list[str]) -> dict[str, Any]:
+        sens, out = self._path(f"sens-{metric}.json"), self._plan(name)
+        return self.pipeline.run(f"allocate-{name}", "allocate", [sens, *options, "--out", out], [sens], [out])
 
     def _plan(self, name: str) -> str:
         return self._path(f"plan-{name}.json")
