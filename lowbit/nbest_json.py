@@ -78,8 +78,17 @@ class _Scanner:
     def __init__(self, path: PathLike, stream: Any):
         self.path, self.stream, self.decoder = path, stream, codecs.getincrementaldecoder("utf-8")()
         self.text, self.at, self.ended = "", 0, False
+        self._line, self._counted = 1, 0  # the line of text[_counted]
+
+    def line(self) -> str:
+        """Where ``text[at]`` stands, as errors name it."""
+        self._line += self.text.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return f"line {self._line}"
 
     def _more(self) -> None:
+        self.line()
+        self._counted = 0
         block = self.stream.read(max(_CHUNK, len(self.text) - self.at))
         self.ended = not block
         try:
@@ -95,16 +104,15 @@ class _Scanner:
                 return self.text[self.at : self.at + 1]
             self._more()
 
-    def take(self, wanted: str, where: str) -> str:
+    def take(self, wanted: str) -> None:
+        """Pass over one character of ``wanted``."""
         found = self.peek()
         if not found or found not in wanted:
-            raise LowbitError(
-                f"{self.path}: {where}: not JSON: expected {' or '.join(wanted)}, found {found or 'the end'}"
-            )
+            expected = " or ".join(wanted)
+            raise LowbitError(f"{self.path}: {self.line()}: not JSON: expected {expected}, found {found or 'the end'}")
         self.at += 1
-        return found
 
-    def value(self, where: str) -> Any:
+    def value(self) -> Any:
         """A whole string or object."""
         self.peek()
         while True:
@@ -113,40 +121,43 @@ class _Scanner:
                 return value
             except (ValueError, RecursionError) as error:
                 if isinstance(error, RecursionError) or self.ended or len(self.text) - self.at > _LARGEST:
-                    raise LowbitError(f"{self.path}: {where}: not JSON: {error}") from None
+                    # Python's own line and column count from the piece that is in memory.
+                    reason = getattr(error, "msg", error)
+                    raise LowbitError(f"{self.path}: value from {self.line()} on: not JSON: {reason}") from None
                 self._more()
 
-    def items(self, where: str) -> Iterator[tuple[str, Any]]:
-        """Key and value of an object's members, one at a time; of "utts", the members of its value."""
-        self.take("{", where)
-        number, last = 0, where
+    def items(self, inside: str = "") -> Iterator[tuple[str, str, Any]]:
+        """Place, key and value of an object's members, one at a time; of "utts", the members of its value."""
+        self.take("{")
+        first = True
         while self.peek() != "}":
-            number += 1
-            if number > 1:
-                self.take(",", last)
-                self.peek()
-            last = f"entry {number}"
-            key = self.value(last) if self.peek() == '"' else self.take('"', last)
-            self.take(":", last)
-            if key == "utts" and where == "top":
-                yield from self.items(f"{last}: utts")
+            if not first:
+                self.take(",")
+            if self.peek() != '"':
+                self.take('"')
+            first, place, key = False, self.line(), self.value()
+            self.take(":")
+            if key == "utts" and not inside:
+                yield from self.items(key)
             else:
-                yield key, self.value(last)
-        self.take("}", last)
+                yield place, key, self.value()
+        self.take("}")
 
 
 def read_json(path: PathLike) -> Iterator[Place]:
     """One object for all utterances, of mlm-scoring or of ESPnet."""
     with open_bytes(path) as stream:
         scanner = _Scanner(path, stream)
-        for number, (name, entry) in enumerate(scanner.items("top"), 1):
-            where = f"{path}: entry {number}"
+        for place, name, entry in scanner.items():
+            where = f"{path}: {place}"
             record = _espnet(entry) if isinstance(entry, dict) and "output" in entry else _mlm_scoring(entry)
             if record is None:
                 raise LowbitError(f"{where}: utterance {name!r}: expected 'hyp_1', 'hyp_2' ... or ESPnet's 'output'")
-            yield f"entry {number}", NBest.from_dict({"id": name} | record, where)
+            yield place, NBest.from_dict({"id": name} | record, where)
         if scanner.peek():
-            raise LowbitError(f"{path}: not JSON: more text after the object; name it .jsonl if it holds JSON lines")
+            raise LowbitError(
+                f"{path}: {scanner.line()}: not JSON: more text after the object; name it .jsonl if it holds JSON lines"
+            )
 
 
 def _mlm_scoring(entry: Any) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
 """N-best lists as tables: a Kaldi n-best directory, or tab-separated values.
 
-A Kaldi directory holds one line a hypothesis, named UTTERANCE-N, N from 1, in each of ``words`` (or ``words_text``),
-``ac_cost`` and ``lm_cost`` (both may be absent); costs are negated log-probabilities. Beside them may stand, one line
-an utterance and in the same order, ``text`` (references), ``utt2dur`` and ``utt2spk``.
+A Kaldi directory holds one line a hypothesis, named UTTERANCE-N, N from 1, in each of ``words_text`` (or ``words``),
+``ac_cost`` (``acwt`` in the archives of Kaldi's own rescoring scripts) and ``lm_cost`` (``lmwt.withlm`` there: graph
+and language model); both may be absent. Costs are negated log-probabilities. Beside them may stand, one line an
+utterance and in the same order, ``text`` (references), ``utt2dur`` and ``utt2spk``. Each may be gzipped (``.gz``).
 
 A TSV file starts with its columns' names: ``id`` and ``text``, and where there are such ``am``, ``lm``, ``ref`` and
 others; the hypotheses of an utterance stand together, best first.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +27,9 @@ from lowbit.streams import numbered_lines, text_output
 
 Place = tuple[str, NBest]
 SCORES = {"ac_cost": "am", "lm_cost": "lm"}
-SIDE_TABLES = {"text": "ref", "utt2dur": "duration", "utt2spk": "spk"}
+# What a file may be called; the first one there is read.
+NAMES = {"hyps": ("words_text", "words"), "am": ("ac_cost", "acwt"), "lm": ("lm_cost", "lmwt.withlm")}
+SIDE_TABLES = {"ref": ("text",), "duration": ("utt2dur",), "spk": ("utt2spk",)}
 # Columns that belong to the utterance; all but id and ref are kept in its extra fields.
 UTTERANCE_COLUMNS = ("id", "ref", "spk", "conv", "duration")
 
@@ -41,10 +44,15 @@ def _number(text: str, where: str) -> float:
 def _keyed(path: PathLike) -> Iterator[tuple[int, str, str]]:
     """Line number, first word and rest of every line of a Kaldi table."""
     for number, line in numbered_lines(path):
-        key, _, rest = line.strip().partition(" ")
-        if not key:
+        key, *rest = line.split(maxsplit=1) or [None]
+        if key is None:
             raise LowbitError(f"{path}: line {number} is empty; expected a name and a value")
-        yield number, key, rest.strip()
+        yield number, key, rest[0].strip() if rest else ""
+
+
+def _first_file(folder: Path, names: Sequence[str]) -> Path | None:
+    candidates = (folder / (name + suffix) for name in names for suffix in ("", ".gz"))
+    return next((path for path in candidates if path.is_file()), None)
 
 
 class SideTable:
@@ -100,17 +108,17 @@ def with_symbols(lists: Iterable[NBest], path: PathLike) -> Iterator[NBest]:
 def read_kaldi(path: PathLike) -> Iterator[Place]:
     """A Kaldi n-best directory; its files are read side by side."""
     folder = Path(path)
-    words = next((p for name in ("words_text", "words") if (p := folder / name).is_file()), None)
+    words = _first_file(folder, NAMES["hyps"])
     if words is None:
         raise LowbitError(f"{path}: no Kaldi n-best directory: it has no file 'words' or 'words_text'")
-    scores = {field: _keyed(folder / n) for n, field in SCORES.items() if (folder / n).is_file()}
-    sides = {field: SideTable(folder / n) for n, field in SIDE_TABLES.items() if (folder / n).is_file()}
-    for utterance, rows in groupby(_kaldi_hypotheses(folder, words, scores), key=lambda row: row[1]):
+    scores = {field: table for field in SCORES.values() if (table := _first_file(folder, NAMES[field]))}
+    sides = {field: SideTable(table) for field, n in SIDE_TABLES.items() if (table := _first_file(folder, n))}
+    for utterance, rows in groupby(_kaldi_hypotheses(words, scores), key=lambda row: row[1]):
         rows = list(rows)
         first = f"{words}: line {rows[0][0]}"
         values: dict[str, Any] = {field: table.get(utterance) for field, table in sides.items()}
         if "duration" in values:
-            values["duration"] = _number(values["duration"], f"{folder / 'utt2dur'}: utterance {utterance!r}")
+            values["duration"] = _number(values["duration"], f"{sides['duration'].path}: utterance {utterance!r}")
         ranked = sorted(rows, key=lambda row: row[2])
         if len({row[2] for row in rows}) < len(rows):
             raise LowbitError(f"{first}: utterance {utterance!r}: a hypothesis occurs twice")
@@ -118,24 +126,24 @@ def read_kaldi(path: PathLike) -> Iterator[Place]:
         yield f"line {rows[0][0]}", NBest.from_dict(record, first)
 
 
-def _kaldi_hypotheses(folder: Path, words: Path, scores: dict[str, Any]) -> Iterator[tuple[int, str, int, dict]]:
+def _kaldi_hypotheses(words: Path, scores: dict[str, Path]) -> Iterator[tuple[int, str, int, dict]]:
     """Line number, utterance, N and hypothesis of every line of ``words``, with its scores."""
-    names = {field: name for name, field in SCORES.items()}
+    tables = {field: _keyed(path) for field, path in scores.items()}
     for number, key, text in _keyed(words):
         utterance, _, rank = key.rpartition("-")
         if not utterance or not rank.isdecimal():
             raise LowbitError(f"{words}: line {number}: {key!r} is not the name of a hypothesis, UTTERANCE-N")
         hypothesis: dict[str, Any] = {"text": text}
-        for field, rows in scores.items():
+        for field, rows in tables.items():
             other, found, value = next(rows, (number, None, ""))
-            where = f"{folder / names[field]}: line {other}"
+            where = f"{scores[field]}: line {other}"
             if found != key:
                 raise LowbitError(f"{where}: {found or 'the end'}, where {words} has {key}; sort both alike")
             hypothesis[field] = -_number(value, where)
         yield number, utterance, int(rank), hypothesis
-    for field, rows in scores.items():
+    for field, rows in tables.items():
         if extra := next(rows, None):
-            raise LowbitError(f"{folder / names[field]}: line {extra[0]}: {extra[1]} is not in {words}")
+            raise LowbitError(f"{scores[field]}: line {extra[0]}: {extra[1]} is not in {words}")
 
 
 def write_kaldi(path: PathLike, utterances: Iterable[NBest]) -> int:

@@ -70,10 +70,10 @@ def _of_transcripts(path: PathLike, format: str) -> Iterator[Row]:
         if format == "lines":
             yield Row(None, line)
         elif format == "text":
-            name, _, text = line.strip().partition(" ")
-            if not name:
+            name, *text = line.split(maxsplit=1) or [None]
+            if name is None:
                 raise LowbitError(f"{path}: line {number} is empty; expected a name and words")
-            yield Row(name, text)
+            yield Row(name, text[0] if text else "")
         elif match := _TRN.match(line):
             yield Row(match[2], match[1])
         elif line.strip():

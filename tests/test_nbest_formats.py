@@ -71,6 +71,18 @@ def test_bad_kaldi_directories(tmp_path, files, message):
     assert message in str(error.value) and str(tmp_path) in str(error.value)
 
 
+def test_kaldi_archives_as_its_rescoring_scripts_leave_them(tmp_path):
+    """Their names, columns apart by tabs, a gzipped table; words of another table than the text are not looked at."""
+    (tmp_path / "words").write_text("u-1 7\nu-2 8\n")
+    (tmp_path / "words_text").write_text("u-1\tone\nu-2\ttwo words\n")
+    (tmp_path / "acwt").write_text("u-1 1.5\nu-2 2.5\n")
+    with gzip.open(tmp_path / "lmwt.withlm.gz", "wt") as stream:
+        stream.write("u-1 3\nu-2 4\n")
+    (tmp_path / "lmwt.nolm").write_text("u-1 1\nu-2 1\n")
+    (utterance,) = read_nbest(tmp_path)
+    assert utterance.hyps == [Hypothesis("one", -1.5, -3.0), Hypothesis("two words", -2.5, -4.0)]
+
+
 def test_symbol_table(tmp_path):
     (tmp_path / "words.txt").write_text("<eps> 0\nhello 7\nworld 8\n")
     lists = [NBest("u", [Hypothesis("7 8", -1.0), Hypothesis("8", -2.0)])]
@@ -114,20 +126,23 @@ def test_espnet_decoding_result(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "top: not JSON: expected {, found ["),
-        ("", "top: not JSON: expected {, found the end"),
+        ("[]", "line 1: not JSON: expected {, found ["),
+        ("", "line 1: not JSON: expected {, found the end"),
         ("{}", "holds no N-best list"),
-        ('{"a": {"hyp_1": {"text": "x"}}', "entry 1: not JSON: expected ,, found the end"),
-        ('{"a": {"hyp_1": {"text": "x"}}} {}', "more text after the object; name it .jsonl"),
-        ('{"a" 1}', "entry 1: not JSON: expected :, found 1"),
-        ("{1: 2}", 'entry 1: not JSON: expected ", found 1'),
-        ('{"a": {"hyp_1": {"text": "x"', "entry 1: not JSON"),
-        ('{"a": 3}', "entry 1: utterance 'a': expected 'hyp_1'"),
-        ('{"a": {"ref": "x"}}', "entry 1: utterance 'a': expected 'hyp_1'"),
-        ('{"a": {"output": [{"text": "x"}]}}', "entry 1: utterance 'a': expected"),
+        ('{"a": {"hyp_1": {"text": "x"}}\n\n', "line 3: not JSON: expected ,, found the end"),
+        ('{"a": {"hyp_1": {"text": "x"}}}\n{}', "line 2: not JSON: more text after the object; name it .jsonl"),
+        ('{"a" 1}', "line 1: not JSON: expected :, found 1"),
+        ("{\n1: 2}", 'line 2: not JSON: expected ", found 1'),
+        ('{"a": {"hyp_1": {"text": "x"', "value from line 1 on: not JSON"),
+        ('{"a": 3}', "line 1: utterance 'a': expected 'hyp_1'"),
+        ('{\n\n"a":\n{"ref": "x"}}', "line 3: utterance 'a': expected 'hyp_1'"),
+        ('{"a": {"output": [{"text": "x"}]}}', "line 1: utterance 'a': expected"),
         ('{"a": {"hyp_1": {"text": "x", "score": NaN}}}', "NaN is not a finite number"),
         ('{"a": {"hyp_1": {"text": "x", "score": "1"}}}', "utterance 'a': hypothesis 1: 'am' must be a number"),
-        ('{"a": {"hyp_1": {"text": "x"}}, "a": {"hyp_1": {"text": "x"}}}', "entry 2: utterance 'a' occurs twice"),
+        (
+            '{"a": {"hyp_1": {"text": "x"}},\n"a": {"hyp_1": {"text": "x"}}}',
+            "line 2: utterance 'a' occurs twice, first on line 1",
+        ),
         ('{"a": {"x": ' + "[" * 100_000, "not JSON"),
     ],
 )
@@ -146,6 +161,7 @@ def test_json_is_read_in_pieces(tmp_path, monkeypatch):
     for size in (1, 2, 7):
         monkeypatch.setattr(nbest_json, "_CHUNK", size)
         assert list(read_nbest(path)) == LISTS
+        assert [place for place, _ in nbest_json.read_json(path)] == ["line 2", "line 3"]
 
 
 @pytest.mark.parametrize(
