@@ -1,11 +1,12 @@
-"""Word errors and significance as NIST sctk prints them, where it is installed (Debian package sctk)."""
+"""Word errors and significance as NIST sctk prints them: live where it is installed (Debian package sctk), and recorded.
+
+bench/sctk.py does the same for every system of docs/RESULTS.md.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import random
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,47 +14,28 @@ import pytest
 from lowbit.align import align
 from lowbit.nbest import read_nbest
 from lowbit.significance import mapsswe
-from lowbit.wer import score_corpus
+
+SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "sctk.py"
+spec = importlib.util.spec_from_file_location("sctk", SCRIPT)
+sctk = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sctk)
 
 
-def program(name: str) -> str:
-    """sclite or sc_stats: on the path, or where Debian puts it."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/lib/sctk/bin")
-    if not found:
-        pytest.skip(f"NIST {name} is not installed (Debian package sctk)")
-    return found
-
-
-def sclite(folder: Path, name: str, refs: list[str], hyps: list[str]) -> tuple[list[int], list[str]]:
-    """The Sum row of sclite's raw report, and the alignment of every utterance; leaves NAME.sgml."""
-    for file, texts in ((folder / "ref.trn", refs), (folder / f"{name}.trn", hyps)):
-        file.write_text("".join(f"{text} (s_{i:05})\n" for i, text in enumerate(texts)))
-    arguments = ("-r", "ref.trn", "trn", "-h", f"{name}.trn", "trn", "-i", "rm", "-o", "rsum", "sgml", "-n", name)
-    subprocess.run([program("sclite"), *arguments], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    total = next(line for line in (folder / f"{name}.raw").read_text().splitlines() if "| Sum" in line)
-    sgml = (folder / f"{name}.sgml").read_text()
-    paths = re.findall(r'<PATH id="\(s_(\d+)\)"[^>]*>\n(.*?)\n?</PATH>', sgml, re.S)
-    edits = {int(i): "".join(re.findall(r"(?:^|:)([CSDI]),", path)) for i, path in paths}
-    return [int(n) for n in re.findall(r"\d+", total)], [edits[i] for i in range(len(refs))]
+@pytest.fixture
+def installed() -> None:
+    if not (sctk.program("sclite") and sctk.program("sc_stats")):
+        pytest.skip("NIST sclite and sc_stats are not installed (Debian package sctk)")
 
 
 def check_counts(folder: Path, name: str, refs: list[str], hyps: list[str]) -> None:
-    total, edits = sclite(folder, name, refs, hyps)
-    t = score_corpus(refs, hyps).totals()
-    correct = t["ref_words"] - t["substitutions"] - t["deletions"]
-    ours = [t["utterances"], t["ref_words"], correct, t["substitutions"], t["deletions"], t["insertions"], t["errors"]]
-    assert [*ours, t["wrong_utterances"]] == total
+    total, edits = sctk.sclite(folder, name, refs, hyps)
+    assert sctk.counts(refs, hyps) == total
     assert [align(r.split(), h.split()) for r, h in zip(refs, hyps)] == edits
 
 
-def check_mapsswe(folder: Path, refs: list[str], a: list[str], b: list[str]) -> float:
-    """sc_stats prints p with three digits, or "<0.001"."""
-    both = (folder / "a.sgml").read_bytes() + (folder / "b.sgml").read_bytes()
-    command = [program("sc_stats"), "-p", "-t", "mapsswe", "-u", "-n", "-"]
-    report = subprocess.run(command, cwd=folder, input=both, capture_output=True, check=True).stdout.decode()
-    printed = re.search(r"\|\s+MP\s.*?(<?\d\.\d{3})", report).group(1)
-    p = mapsswe(refs, a, b).p_sctk
-    assert printed == ("<0.001" if p < 0.001 else f"{p:.3f}")
+def check_mapsswe(folder: Path, refs: list[str], a: list[str], b: list[str]) -> str:
+    p = sctk.printed(mapsswe(refs, a, b).p_sctk)
+    assert sctk.sc_stats(folder, "a", "b") == p
     return p
 
 
@@ -62,28 +44,53 @@ def noisy(rng: random.Random, text: str, rate: float) -> str:
     return " ".join(rng.choice(kinds) if rng.random() < rate else word for word in text.split())
 
 
-def test_random_corpora(tmp_path):
+def corpus(rng: random.Random) -> list[str]:
+    return [" ".join(rng.choices("abcdefg", k=rng.randint(1, 25))) for _ in range(400)]
+
+
+@pytest.fixture(scope="module")
+def texts() -> tuple[list[str], list[str], list[tuple[list[str], list[str]]]]:
+    """References, texts that have nothing to do with them, and pairs of noisy copies."""
     rng = random.Random(0)
-    refs = [" ".join(rng.choices("abcdefg", k=rng.randint(1, 25))) for _ in range(400)]
-    unrelated = [" ".join(rng.choices("abcdefg", k=rng.randint(1, 25))) for _ in range(400)]
+    refs, unrelated = corpus(rng), corpus(rng)
+    return refs, unrelated, [([noisy(rng, r, 0.2) for r in refs], [noisy(rng, r, x) for r in refs]) for x in RATES]
+
+
+RATES = (0.2, 0.21, 0.3)
+# Of sclite and sc_stats 2.4.10: the Sum row of the unrelated texts, then of both copies with their probability.
+RECORDED_UNRELATED = (400, 5451, 1974, 1330, 2147, 1857, 5334, 400)
+RECORDED = (
+    ((400, 5451, 4496, 695, 260, 274, 1229, 337), (400, 5451, 4476, 727, 248, 267, 1242, 346), "0.803"),
+    ((400, 5451, 4554, 658, 239, 238, 1135, 328), (400, 5451, 4416, 760, 275, 298, 1333, 347), "<0.001"),
+    ((400, 5451, 4513, 687, 251, 279, 1217, 350), (400, 5451, 4044, 1015, 392, 383, 1790, 369), "<0.001"),
+)
+
+
+def test_random_corpora_as_recorded(texts):
+    refs, unrelated, pairs = texts
+    assert tuple(sctk.counts(refs, unrelated)) == RECORDED_UNRELATED
+    for (a, b), recorded in zip(pairs, RECORDED, strict=True):
+        found = (*(tuple(sctk.counts(refs, hyps)) for hyps in (a, b)), sctk.printed(mapsswe(refs, a, b).p_sctk))
+        assert found == recorded
+
+
+def test_random_corpora(installed, texts, tmp_path):
+    refs, unrelated, pairs = texts
     check_counts(tmp_path, "unrelated", refs, unrelated)
     seen = set()
-    for rate in (0.2, 0.22, 0.3):
-        a, b = ([noisy(rng, r, x) for r in refs] for x in (0.2, rate))
+    for a, b in pairs:
         check_counts(tmp_path, "a", refs, a)
         check_counts(tmp_path, "b", refs, b)
-        seen.add(check_mapsswe(tmp_path, refs, a, b) < 0.001)
+        seen.add(check_mapsswe(tmp_path, refs, a, b) == "<0.001")
     assert seen == {True, False}
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("name", ["atis/test", "swbd/test", "l2/dev"])
-def test_real_lists(data_dir, tmp_path, name):
-    lists = list(read_nbest(data_dir / f"{name}.jsonl"))
-    refs = [u.ref for u in lists]
-    best = [u.hyps[0].text for u in lists]
-    check_counts(tmp_path, "a", refs, best)
-    # The second best in some utterances: a difference that is neither nothing nor overwhelming.
-    mixed = [u.hyps[min(1, len(u.hyps) - 1)].text if i % 20 == 0 else t for i, (u, t) in enumerate(zip(lists, best))]
-    check_counts(tmp_path, "b", refs, mixed)
-    assert 1e-6 < check_mapsswe(tmp_path, refs, best, mixed) < 1
+@pytest.mark.parametrize("name", ["atis", "swbd", "l2"])
+def test_real_lists(installed, data_dir, tmp_path, name):
+    """First pass, and a variation of it whose difference is neither nothing nor overwhelming."""
+    lists = list(read_nbest(data_dir / name / f"{sctk.LISTS[name]}.jsonl"))
+    found = sctk.compare(lists, tmp_path)
+    assert all(system["equal"] for system in found["systems"].values()) and len(found["systems"]) == 2
+    (pair,) = found["pairs"]
+    assert pair["equal"] and 1e-6 < pair["p"] < 1
