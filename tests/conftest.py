@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import struct
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from lowbit.backend import Backend
 from lowbit.config import ModelConfig
 from lowbit.container import PackedMatrix, PackedModel, read_packed, write_packed
 from lowbit.container_checks import checksum, seal
-from lowbit.errors import FormatError
+from lowbit.errors import FormatError, LowbitError
+from lowbit.forest import Forest, Query
 from lowbit.quantize import quantize
 from lowbit.vocab import Vocab
 
@@ -40,6 +47,46 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no corpora: {path} does not exist; set LOWBIT_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def kenlm() -> Iterator[ModuleType]:
+    """kenlm, which takes a minute to compile and so may be absent: then its interface in plain Python."""
+    module = importlib.import_module("kenlm" if importlib.util.find_spec("kenlm") else "backoff")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "kenlm", module)
+        yield module
+
+
+@pytest.fixture
+def refuse(tmp_path) -> Callable[..., None]:
+    """Asserts that ``read(path)`` of a file with this content is refused with one line of the file and ``message``."""
+
+    def check(read: Callable[[Path], Iterable], name: str, content: str, message: str) -> None:
+        path = tmp_path / name
+        path.write_text(content)
+        with pytest.raises(LowbitError) as error:
+            list(read(path))
+        assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def refuses_bad_queries() -> Callable[..., None]:
+    """Asserts that a backend refuses tokens and targets outside its vocabulary, and paths that are too long."""
+
+    def check(backend: Backend, vocab_size: int, max_len: int) -> None:
+        for tokens, targets, message in [
+            ([0, vocab_size], [1], f"token {vocab_size} is outside the vocabulary of {vocab_size}"),
+            ([0, 1], [vocab_size + 1], f"token {vocab_size + 1} is outside"),
+            ([0] * (max_len + 1), [1], f"a path of {max_len + 1} tokens is longer than the model's context"),
+        ]:
+            forest = Forest(np.array(tokens), np.arange(-1, len(tokens) - 1))
+            with pytest.raises(LowbitError, match=message):
+                backend.log_probs(Query(forest, np.arange(len(targets)), np.array(targets)))
+
+    return check
 
 
 @pytest.fixture

@@ -285,20 +285,8 @@ def test_threads_share_a_model(one):
     assert len(found) == 6
 
 
-def test_bad_queries_do_not_reach_the_model(one):
-    from lowbit.forest import Forest, Query
-
-    def query(tokens, targets):
-        parents = np.arange(-1, len(tokens) - 1)
-        return Query(Forest(np.array(tokens), parents), np.arange(len(targets)), np.array(targets))
-
-    for tokens, targets, message in [
-        ([0, 12], [1], "token 12 is outside the vocabulary of 12"),
-        ([0, 1], [13], "token 13 is outside"),
-        ([0] * 11, [1], "longer than the model's context of 10"),
-    ]:
-        with pytest.raises(LowbitError, match=message):
-            one.backend.log_probs(query(tokens, targets))
+def test_bad_queries_do_not_reach_the_model(one, refuses_bad_queries):
+    refuses_bad_queries(one.backend, CONFIG.vocab_size, CONFIG.max_len)
 
 
 # Loading.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -98,12 +99,8 @@ def test_both_forms_of_the_text(tmp_path):
         ("u\n\n", "no path leads to a final state"),
     ],
 )
-def test_bad_lattices(tmp_path, text, message):
-    path = tmp_path / "lat.txt"
-    path.write_text(text)
-    with pytest.raises(LowbitError) as error:
-        list(read_lattices(path))
-    assert message in str(error.value) and str(path) in str(error.value)
+def test_bad_lattices(refuse, text, message):
+    refuse(read_lattices, "lat.txt", text, message)
 
 
 @pytest.mark.parametrize("arc", ["0 1 x", "0 1 7 x", "0 1 x 0,0,", "0 1 7 x 0,0"])
@@ -123,14 +120,29 @@ def test_a_lattice_of_many_paths_stays_small():
     assert [f[1] for f in found] == sorted(f[1] for f in found)
 
 
-def test_best_path_is_openfsts():
+@pytest.mark.parametrize("seed", range(5))
+def test_kaldis_lattice_to_nbest_finds_the_same(tmp_path, seed):
+    """A lattice that Kaldi's classes print, and the paths that Kaldi's program finds in it; of equal words the best."""
     kaldifst = pytest.importorskip("kaldifst", reason="kaldifst is not installed (pip install kaldifst)")
-    arcs = [(0, 1, 1, 0.5), (0, 2, 2, 0.1), (1, 3, 3, 0.2), (2, 3, 1, 0.9), (1, 2, 2, 0.1), (3, 4, 2, 0.3)]
-    text = "\n".join(f"{a} {b} {w} {w} {c}" for a, b, w, c in arcs) + "\n4 0.0\n"
-    best = kaldifst.shortest_path(kaldifst.compile(text), n=1)
-    _, _, olabels, total = kaldifst.get_linear_symbol_sequence(best)
-    lattice = Lattice(finals={4: (0.0, 0.0)})
-    for a, b, w, c in arcs:
-        lattice.arcs.setdefault(a, []).append((b, str(w), c, 0.0))
-    words, graph, _ = best_sequences(lattice, 1, 1.0)[0]
-    assert list(words) == [str(o) for o in olabels] and graph == pytest.approx(float(total.value))
+    rng = random.Random(seed)
+    lattice, states, scale = kaldifst.Lattice(), 8, 0.25
+    for _ in range(states):
+        lattice.add_state()
+    lattice.start = 0
+    for state in range(states - 1):
+        for _ in range(3):
+            to, word = rng.randint(state + 1, min(state + 3, states - 1)), rng.randint(0, 3)
+            weight = kaldifst.LatticeWeight(rng.randint(0, 64) / 8, rng.randint(0, 64) / 8)
+            lattice.add_arc(state, kaldifst.LatticeArc(rng.randint(1, 9), word, weight, to))
+    lattice.set_final(states - 1, kaldifst.LatticeWeight(0.5, 0.25))
+    best: dict[str, float] = {}
+    # Every path there is: at most 3 arcs from each of 7 states. Their acoustic costs come scaled.
+    for path in kaldifst.lattice_to_nbest(lattice, acoustic_scale=scale, n=3**7):
+        _, _, words, weight = kaldifst.get_linear_symbol_sequence(path)
+        text, total = " ".join(map(str, words)), weight.value1 + weight.value2
+        best[text] = min(total, best.get(text, total))
+    (tmp_path / "lat.txt").write_text(f"u\n{lattice.to_str()}\n")
+    ((_, found),) = read_lattices(tmp_path / "lat.txt", paths=20, acoustic_scale=scale)
+    totals = [-h.lm - scale * h.am for h in found.hyps]
+    assert totals == sorted(best.values())[:20]
+    assert all(best[h.text] == total for h, total in zip(found.hyps, totals))

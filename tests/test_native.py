@@ -166,20 +166,9 @@ def test_requests_are_answered_in_their_order(model):
     assert len(backend.log_probs(Query(query.forest, [], []))) == 0
 
 
-def test_bad_input(model):
+def test_bad_input(model, refuses_bad_queries):
     backend = NativeBackend(model)
-
-    def query(tokens, targets):
-        parents = np.arange(-1, len(tokens) - 1)
-        return Query(Forest(np.array(tokens), parents), np.arange(len(targets)), np.array(targets))
-
-    for tokens, targets, message in [
-        ([0, 1237], [1], "token 1237 is outside the vocabulary of 1237"),
-        ([0, 1], [1238], "token 1238 is outside"),
-        ([0] * 25, [1], "a path of 25 tokens is longer than the model's context of 24"),
-    ]:
-        with pytest.raises(LowbitError, match=message):
-            backend.log_probs(query(tokens, targets))
+    refuses_bad_queries(backend, CONFIG.vocab_size, CONFIG.max_len)
     with pytest.raises(LowbitError, match="token -1 "):
         backend.extend(None, [-1])
     with pytest.raises(LowbitError, match="runs packed models only; embed is not packed"):

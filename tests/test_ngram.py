@@ -4,14 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from backoff import log10_prob
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError
-
-kenlm = pytest.importorskip("kenlm", reason="kenlm is not installed (pip install lowbit[ngram])")
-
-from lowbit.ngram import NGram  # noqa: E402
+from lowbit.ngram import NGram
 
 # log10 P, and log10 of the back-off weight.
 GRAMS = {
@@ -31,15 +29,8 @@ def arpa() -> str:
     return text + "\n\\end\\\n"
 
 
-def log10_prob(context: tuple[str, ...], word: str) -> float:
-    """The definition of a back-off model, as a recursion."""
-    if (*context, word) in GRAMS:
-        return GRAMS[(*context, word)][0]
-    return GRAMS.get(context, (0.0, 0.0))[1] + log10_prob(context[1:], word)
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> NGram:
+def model(tmp_path_factory, kenlm) -> NGram:
     path = tmp_path_factory.mktemp("ngram") / "3.arpa"
     path.write_text(arpa())
     return NGram(path)
@@ -49,7 +40,7 @@ def model(tmp_path_factory) -> NGram:
 def test_scores_are_natural_logarithms_of_the_backoff_model(model, words):
     known = [w if w != "zz" else "<unk>" for w in words]
     text = ["<s>", *known, "</s>"]
-    expected = [log10_prob(tuple(text[max(0, i - 2) : i]), text[i]) for i in range(1, len(text))]
+    expected = [log10_prob(GRAMS, tuple(text[max(0, i - 2) : i]), text[i]) for i in range(1, len(text))]
     tokens, oov = model.score("  ".join(words))
     # kenlm keeps fp32: 6e-8 relative, of sums of at most three numbers below 2.
     assert tokens == pytest.approx(math.log(10) * np.array(expected), abs=1e-5)
@@ -72,7 +63,7 @@ def test_order_and_description(model):
     assert model.order == 3 and model.describe() == {"path": model.path, "order": 3}
 
 
-def test_bad_files(tmp_path, capfd):
+def test_bad_files(kenlm, tmp_path, capfd):
     path = tmp_path / "x.arpa"
     with pytest.raises(LowbitError, match=r"x\.arpa: not a model that kenlm can read: .*No such file"):
         NGram(path)

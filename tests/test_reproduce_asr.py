@@ -17,6 +17,7 @@ from lowbit.container import PackedMatrix, PackedModel, write_packed
 from lowbit.errors import LowbitError
 from lowbit.model import TransformerLM
 from lowbit.nbest import Hypothesis, NBest, write_nbest
+from lowbit.ngram import NGram
 from lowbit.quantize import quantize
 from lowbit.tools import asr_recipes, asr_results, reproduce_asr
 from lowbit.tools.asr_experiment import AsrExperiment
@@ -90,8 +91,7 @@ def arguments(corpus: Path, name: str, out: Path, given: dict[str, str]) -> list
 
 
 @pytest.mark.parametrize("name", ["atis", "l2"])
-def test_rescoring_with_given_models(corpus, given, tmp_path, capsys, monkeypatch, name):
-    pytest.importorskip("kenlm", reason="kenlm is not installed (pip install lowbit[ngram])")
+def test_rescoring_with_given_models(corpus, given, tmp_path, capsys, monkeypatch, kenlm, name):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install lowbit[plot])")
     monkeypatch.setitem(RECIPES, "l2", replace(RECIPES["l2"], folds=3))
     docs = tmp_path / "docs"
@@ -149,10 +149,7 @@ def test_the_shallow_model_has_one_layer_and_the_same_text(name):
 
 
 @pytest.mark.data
-def test_irstlm_makes_a_model_that_kenlm_reads(data_dir, tmp_path, monkeypatch):
-    pytest.importorskip("kenlm", reason="kenlm is not installed (pip install lowbit[ngram])")
-    from lowbit.ngram import NGram
-
+def test_irstlm_makes_a_model_that_kenlm_reads(kenlm, data_dir, tmp_path, monkeypatch):
     try:
         asr_recipes.find_irstlm()
     except LowbitError as error:

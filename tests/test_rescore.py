@@ -10,6 +10,7 @@ from lowbit.engine import LanguageModel
 from lowbit.errors import LowbitError
 from lowbit.model import TransformerLM
 from lowbit.nbest import Hypothesis, NBest
+from lowbit.ngram import NGram
 from lowbit.rescore import RescoringReport, Scorer, rescore_stream
 from lowbit.tune_weights import best_mixture, cross_validate, fold_of, score_development, tune_weights
 from lowbit.vocab import Vocab
@@ -126,10 +127,7 @@ ngram 2=3
 
 
 @pytest.fixture
-def ngram(tmp_path):
-    pytest.importorskip("kenlm", reason="kenlm is not installed (pip install lowbit[ngram])")
-    from lowbit.ngram import NGram
-
+def ngram(tmp_path, kenlm):
     (tmp_path / "2.arpa").write_text(ARPA)
     return NGram(tmp_path / "2.arpa")
 

@@ -1,4 +1,4 @@
-"""Word errors and significance as NIST sctk prints them: live where it is installed (Debian package sctk), and recorded.
+"""Word errors and significance as NIST sctk prints them: live where it is installed (Debian package sctk), or recorded.
 
 bench/sctk.py does the same for every system of docs/RESULTS.md.
 """

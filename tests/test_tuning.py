@@ -134,7 +134,6 @@ def test_crossover_of_least_time():
     assert tune.best_crossover(rows, [1, 2.1, 2, 8], [3, 2.0, 3, 3]) == 8
 
 
-@pytest.mark.skipif(not available_isas(), reason="no kernels")
 def test_measures_keeps_and_does_not_measure_twice(monkeypatch, tmp_path, capsys, keep_crossovers):
     monkeypatch.setattr(tune, "ROWS", (1, 4))
     monkeypatch.setattr(tune, "SHAPES", ((64, 64),))
