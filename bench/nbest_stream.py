@@ -1,8 +1,10 @@
-"""Synthetic N-best lists streamed through the readers, `lowbit wer` and `lowbit rescore`: speed, and peak memory at two
-lengths, which shows whether memory depends on the length.
+"""Synthetic N-best lists streamed through the readers, `lowbit wer` and `lowbit rescore`: peak memory at several
+lengths, which shows whether it depends on the length, and speed.
 
-    python bench/nbest_stream.py --json docs/results/nbest-stream.json
-    python bench/nbest_stream.py --model model.lowbit --ngram 3gram.arpa
+    python bench/nbest_stream.py --ngram 3gram.arpa --json docs/results/nbest-stream.json
+
+Lists are made on the fly and piped to the program's standard input. Without --model a tiny packed model of random
+weights rescores: its own size is constant, and what is looked for is what grows.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 READ = "from lowbit.nbest import read_nbest\nprint(sum(len(u.hyps) for u in read_nbest('-')))"
+PARTS = ["read", "wer", "rescore-lm", "rescore-ngram"]
 WORDS = [f"{a}{b}" for a in ("ka", "to", "mi", "se", "nu", "ra", "lo") for b in ("ba", "du", "fe", "go", "pi", "x")]
 
 
@@ -54,31 +57,59 @@ def run(command: list[str], lists: list[bytes], utterances: int) -> dict[str, An
     return {"utterances": utterances, "seconds": round(seconds, 2), "utterances_per_second": rate, "peak_mib": peak}
 
 
+def write_tiny_model(path: Path) -> None:
+    """One layer; knows every word of the lists."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from engine_model import write_random_model
+
+    from lowbit.config import ModelConfig
+    from lowbit.vocab import Vocab
+
+    vocab = Vocab(["</s>", "<unk>", *WORDS])
+    config = ModelConfig(vocab_size=len(vocab.tokens), d_model=64, n_layers=1, n_heads=1, d_ffn=64, max_len=32)
+    write_random_model(path, vocab, config)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--utterances", type=int, nargs="+", default=[10_000, 100_000])
+    p.add_argument("--utterances", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     p.add_argument("--hypotheses", type=int, default=100)
-    p.add_argument("--model", help="also rescore with this model")
-    p.add_argument("--ngram", help="also rescore with this n-gram (and with both)")
-    p.add_argument("--only", choices=("read", "wer", "rescore"), help="one of the parts")
-    p.add_argument("--json", metavar="FILE", help="write the result here")
+    p.add_argument("--model", help="of the part rescore-lm (default: a tiny one)")
+    p.add_argument("--ngram", help="of the part rescore-ngram, which is left out without one")
+    p.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="some of the parts")
+    p.add_argument("--json", metavar="FILE", help="write the result here; other parts that stand there stay")
     args = p.parse_args()
     lists = bodies(args.hypotheses)
-    python, lowbit = [sys.executable, "-c", READ], [sys.executable, "-m", "lowbit.tools.cli"]
     with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "best.trn")
-        parts = {"read": python, "wer": [*lowbit, "wer", "-", "--ref-format", "jsonl"]}
-        models = ([args.model] if args.model else []) + (["--ngram", args.ngram] if args.ngram else [])
-        if models:
-            parts["rescore"] = [*lowbit, "rescore", *models, "--nbest", "-", "--out", out, "--lm-weight", "0.5"]
-        chosen = {name: command for name, command in parts.items() if args.only in (None, name)}
+        model = args.model or str(Path(folder) / "tiny.lowbit")
+        if "rescore-lm" in args.only and not args.model:
+            write_tiny_model(Path(model))
+        chosen = {name: command for name, command in commands(args.ngram, model, folder).items() if name in args.only}
         result = {name: [run(command, lists, n) for n in args.utterances] for name, command in chosen.items()}
-    names = {kind: path and Path(path).name for kind, path in (("model", args.model), ("ngram", args.ngram))}
-    record = {"hypotheses": args.hypotheses, **names, "parts": result}
-    text = json.dumps(record, indent=1)
+    for name in result:
+        result[name] = {"hypotheses": args.hypotheses, "runs": result[name]}
+    text = json.dumps(merged(args.json, result), indent=1)
     if args.json:
         Path(args.json).write_text(text + "\n")
     print(text)
+
+
+def commands(ngram: str | None, model: str, folder: str) -> dict[str, list[str]]:
+    """What is fed, by part."""
+    lowbit = [sys.executable, "-m", "lowbit.tools.cli"]
+    rescore = [*lowbit, "rescore", "--nbest", "-", "--out", str(Path(folder) / "best.trn"), "--lm-weight", "0.5"]
+    parts = {
+        "read": [sys.executable, "-c", READ],
+        "wer": [*lowbit, "wer", "-", "--ref-format", "jsonl"],
+        "rescore-lm": [*rescore, model],
+    }
+    return parts | ({"rescore-ngram": [*rescore, "--ngram", ngram]} if ngram else {})
+
+
+def merged(path: str | None, parts: dict[str, Any]) -> dict[str, Any]:
+    """The parts, beside those that an earlier run left in ``path``."""
+    before = json.loads(Path(path).read_text())["parts"] if path and Path(path).exists() else {}
+    return {"parts": before | parts}
 
 
 if __name__ == "__main__":
