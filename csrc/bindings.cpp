@@ -80,4 +80,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_max_threads", &set_max_threads);
   m.def("max_threads", &max_threads);
   register_engine(m);
+  register_train(m);
 }

@@ -36,5 +36,6 @@ struct MatrixView {
 };
 
 void register_engine(pybind11::module_& m);  // bindings_engine.cpp
+void register_train(pybind11::module_& m);   // bindings_train.cpp
 
 }  // namespace lowbit

@@ -1,12 +1,15 @@
 """Output layer, softmax, cross-entropy and their gradients in one pass over blocks of rows.
 
 The logits of a batch (2,048 x 10,000) are the largest tensor of a training step; the plain chain of operations writes
-and reads them about nine times. Here a block of 64 rows is turned from logits into gradients while it sits in cache.
+and reads them about nine times. Here a row (in PyTorch's operations, for other devices: a block of 64 rows) is turned
+from logits into gradients while it sits in cache.
 """
 
 from __future__ import annotations
 
 import torch
+
+from lowbit.tools.training import native
 
 _MATMUL_ROWS = 2048
 _CACHE_BYTES = 1 << 21
@@ -23,11 +26,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(i, i + _MATMUL_ROWS)
             logits = h[rows] @ w.T  # [rows, V], becomes its own gradient in place
             teacher = None if teacher_hidden is None else teacher_hidden[rows].to(dtype) @ teacher_weight.to(dtype).T
-            for block in _blocks(logits):
-                part = None if teacher is None else teacher[block]
-                block_loss, block_nll = _softmax_gradient(logits[block], target[rows][block], part, distill)
-                loss += block_loss
-                nll += block_nll
+            part_loss, part_nll = _loss_of_logits(logits, target[rows], teacher, distill, gradients)
+            loss += part_loss
+            nll += part_nll
             if gradients:
                 torch.mm(logits, w, out=grad_h[rows])
                 grad_w += logits.T @ h[rows]
@@ -39,6 +40,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         grad_h, grad_w = ctx.saved_tensors
         return grad_h * grad_loss.to(grad_h.dtype), grad_w * grad_loss, None, None, None, None, None, None
+
+
+def _loss_of_logits(logits, target, teacher, distill, gradients):
+    """Summed loss and NLL; with ``gradients`` logits [R, V] become the gradient of the summed loss."""
+    if native.suits(logits, teacher):
+        return native.softmax_gradient(logits, target, teacher, distill, gradients)
+    loss, nll = torch.zeros(2, device=logits.device)
+    for block in _blocks(logits):
+        part = None if teacher is None else teacher[block]
+        block_loss, block_nll = _softmax_gradient(logits[block], target[block], part, distill)
+        loss += block_loss
+        nll += block_nll
+    return loss, nll
 
 
 def _blocks(logits: torch.Tensor):

@@ -14,6 +14,7 @@ import torch
 from lowbit.plan import MatrixPlan
 from lowbit.quantize import fit, nearest_codes, round_scale
 from lowbit.tables import find_table
+from lowbit.tools.training import native
 
 _BLOCK = 1 << 18  # weights quantized at a time, so that the passes of one block stay in cache
 _REFINE = 2  # alternations of a warm-started fit in the hard phase
@@ -37,6 +38,7 @@ class QuantizedMatrix:
         self.table = find_table(plan.bits, plan.table)
         self.levels = torch.tensor(self.table.padded, dtype=torch.int8, device=weight.device)
         self.group = plan.group or weight.shape[1]
+        self.quantizer = native.Quantizer(self.table, self.group)
         self.dual = torch.zeros_like(weight.data)
         self.codes, self.scale = self._fit(weight.data, None)
         self.latent: torch.nn.Parameter | None = None
@@ -109,10 +111,12 @@ class QuantizedMatrix:
         """
         latent = self.latent.data
         if refit and not self._any_frozen:
-            _, scale = fit(latent, self.table, self.plan.group, start=self.scale, refine_only=True, iterations=_REFINE)
-            self.scale = scale.float()
+            self.scale = self._refit(latent)
         if self.log_scale is not None and not self._any_frozen:
             self.scale = round_scale(self.first_scale * self.log_scale.data.exp())
+        if native.suits(latent, self.weight.data, self.scale):
+            self.quantizer.load(latent, self.scale, self.weight.data)
+            return
         if self.table.affine is None:
             self.weight.data.copy_(self.levels[self._nearest().int()] * self.column_scale())
             return
@@ -127,6 +131,13 @@ class QuantizedMatrix:
             out = self.weight.data[block]
             torch.mul(latent[block], inverse[block], out=out)
             out.add_(offset).round_().clamp_(bottom, top).add_(b / a).mul_(step[block])
+
+    def _refit(self, latent: torch.Tensor) -> torch.Tensor:
+        closed_form = self.table.name in ("binary", "ternary")
+        if not closed_form and native.suits(latent, self.scale):
+            return self.quantizer.refine(latent, self.scale, _REFINE)
+        options = {"start": self.scale, "refine_only": True, "iterations": _REFINE}
+        return fit(latent, self.table, self.plan.group, **options)[1].float()
 
     def _nearest(self) -> torch.Tensor:
         return nearest_codes(self.latent.data / self.column_scale(), self.table)
