@@ -21,19 +21,20 @@ READERS: dict[str, Reader] = {
     "jsonl": nbest_json.read_jsonl,
     "json": nbest_json.read_json,
     "kaldi": nbest_tables.read_kaldi,
+    "espnet": nbest_tables.read_espnet,
     "tsv": nbest_tables.read_tsv,
 }
 FORMATS = tuple(READERS)
 
 
 def find_format(path: PathLike) -> str:
-    """The format that a name stands for: .jsonl, .json, .tsv (each also with .gz), .trn, a directory (Kaldi).
+    """The format that a name stands for: .jsonl, .json, .tsv (each also with .gz), .trn, a directory (Kaldi, ESPnet2).
 
     Standard input and other names are JSON lines.
     """
     name = str(path).removesuffix(".gz")
     if name != STDIO and Path(name).is_dir():
-        return "kaldi"
+        return "espnet" if (Path(name) / "1best_recog").is_dir() else "kaldi"
     suffix = Path(name).suffix[1:]
     return suffix if suffix in (*FORMATS, *WRITERS) else "jsonl"
 

@@ -1,9 +1,13 @@
-"""N-best lists as tables: a Kaldi n-best directory, or tab-separated values.
+"""N-best lists as tables: a Kaldi n-best directory, ESPnet2's output directory, or tab-separated values.
 
 A Kaldi directory holds one line a hypothesis, named UTTERANCE-N, N from 1, in each of ``words_text`` (or ``words``),
 ``ac_cost`` (``acwt`` in the archives of Kaldi's own rescoring scripts) and ``lm_cost`` (``lmwt.withlm`` there: graph
 and language model); both may be absent. Costs are negated log-probabilities. Beside them may stand, one line an
-utterance and in the same order, ``text`` (references), ``utt2dur`` and ``utt2spk``. Each may be gzipped (``.gz``).
+utterance and in the same order, ``text`` (references), ``utt2dur`` and ``utt2spk``. Each may be gzipped (``.gz``). N is
+kept as the hypothesis' field "n".
+
+An ESPnet2 directory holds ``1best_recog``, ``2best_recog`` ..., each with ``text`` and, where there are scores,
+``score``, one line an utterance in the same order everywhere; an utterance with fewer hypotheses is left out.
 
 A TSV file starts with its columns' names: ``id`` and ``text``, and where there are such ``am``, ``lm``, ``ref`` and
 others; the hypotheses of an utterance stand together, best first.
@@ -12,6 +16,7 @@ others; the hypotheses of an utterance stand together, best first.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -133,7 +138,7 @@ def _kaldi_hypotheses(words: Path, scores: dict[str, Path]) -> Iterator[tuple[in
         utterance, _, rank = key.rpartition("-")
         if not utterance or not rank.isdecimal():
             raise LowbitError(f"{words}: line {number}: {key!r} is not the name of a hypothesis, UTTERANCE-N")
-        hypothesis: dict[str, Any] = {"text": text}
+        hypothesis: dict[str, Any] = {"text": text, "n": int(rank)}
         for field, rows in tables.items():
             other, found, value = next(rows, (number, None, ""))
             where = f"{scores[field]}: line {other}"
@@ -146,10 +151,53 @@ def _kaldi_hypotheses(words: Path, scores: dict[str, Path]) -> Iterator[tuple[in
             raise LowbitError(f"{scores[field]}: line {extra[0]}: {extra[1]} is not in {words}")
 
 
+class _Rank:
+    """The hypotheses of one rank of an ESPnet2 directory, in the order of the best ones."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "text"
+        self._texts, self._next = _keyed(self.path), None
+        score = _first_file(folder, ("score",))
+        self._scores = None if score is None else SideTable(score)
+
+    def get(self, utterance: str | None) -> tuple[int, str, dict[str, Any]] | None:
+        """Line, utterance and hypothesis, if the next one is of this utterance; of any where that is None."""
+        row = self._next or next(self._texts, None)
+        self._next = row
+        if row is None or utterance not in (None, row[1]):
+            return None
+        self._next = None
+        number, name, text = row
+        if self._scores is None:
+            return number, name, {"text": text}
+        # ESPnet2 prints a score as PyTorch does: tensor(-1.5, device='cuda:0').
+        score = self._scores.get(name).removeprefix("tensor(").partition(",")[0].rstrip(")")
+        return number, name, {"text": text, "am": _number(score, f"{self._scores.path}: utterance {name!r}")}
+
+
+def read_espnet(path: PathLike) -> Iterator[Place]:
+    """An output directory of ESPnet2's inference; its files are read side by side."""
+    folders = (Path(path) / f"{n}best_recog" for n in itertools.count(1))
+    ranks = [_Rank(folder) for folder in itertools.takewhile(Path.is_dir, folders)]
+    if not ranks:
+        raise LowbitError(f"{path}: no output directory of ESPnet2: it has no folder '1best_recog'")
+    while row := ranks[0].get(None):
+        number, name, best = row
+        rest = [found[2] for rank in ranks[1:] if (found := rank.get(name))]
+        where = f"{ranks[0].path}: line {number}"
+        yield f"line {number}", NBest.from_dict({"id": name, "hyps": [best, *rest]}, where)
+    for rank in ranks[1:]:
+        if row := rank.get(None):
+            raise LowbitError(
+                f"{rank.path}: line {row[0]}: utterance {row[1]!r} is not in {ranks[0].path}, or not in its order"
+            )
+
+
 def write_kaldi(path: PathLike, utterances: Iterable[NBest]) -> int:
     """A new directory, which appears when complete: words, costs of the scores that the hypotheses have, and text.
 
-    Every hypothesis field that is a number becomes a table of its own name; am and lm become ac_cost and lm_cost.
+    Hypotheses are numbered anew, best first. Every field of theirs that is a number becomes a table of its own name, so
+    "n" tells the number that a hypothesis had in the directory that was read; am and lm become ac_cost and lm_cost.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -181,7 +229,7 @@ def _write_kaldi_list(
         name = f"{utterance.id}-{rank}"
         lines["words"].append(f"{name} {hyp.text}".rstrip())
         costs = {n: -s for n, field in SCORES.items() if (s := getattr(hyp, field)) is not None}
-        numbers = {k: v for k, v in hyp.extra.items() if isinstance(v, float)}
+        numbers = {k: v for k, v in hyp.extra.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         for key, value in (costs | numbers).items():
             lines.setdefault(key, []).append(f"{name} {value:.10g}")
     if first:

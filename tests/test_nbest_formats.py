@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 
@@ -36,9 +37,19 @@ def test_kaldi_round_trip(tmp_path):
     assert (folder / "text").read_text(encoding="utf-8") == "u-1 a b\nu-2 é\n"
     (folder / "utt2dur").write_text("u-0 9\nu-1 1.5\nu-2 2\n")
     (folder / "utt2spk").write_text("u-1 s\nu-2 t\n")
-    assert list(read_nbest(folder)) == LISTS
+    assert [u.to_dict() for u in read_nbest(folder)] == [numbered(u, (1, 2)) for u in LISTS]
     with pytest.raises(LowbitError, match="exists already"):
         write_nbest(folder, LISTS, "kaldi")
+    # Another order: "n" tells the numbers of before, there as here.
+    swapped = [replace(u, hyps=u.hyps[::-1]) for u in read_nbest(folder)]
+    write_nbest(tmp_path / "swapped", swapped, "kaldi")
+    assert (tmp_path / "swapped" / "n").read_text() == "u-1-1 2\nu-1-2 1\nu-2-1 2\nu-2-2 1\n"
+    assert (tmp_path / "swapped" / "ac_cost").read_text() == "u-1-1 2\nu-1-2 1.5\nu-2-1 0.75\nu-2-2 0.5\n"
+
+
+def numbered(utterance: NBest, numbers: tuple[int, ...]) -> dict:
+    hyps = [replace(h, extra=h.extra | {"n": n}) for h, n in zip(utterance.hyps, numbers)]
+    return replace(utterance, hyps=hyps).to_dict()
 
 
 def test_kaldi_orders_hypotheses_by_number(tmp_path):
@@ -80,7 +91,49 @@ def test_kaldi_archives_as_its_rescoring_scripts_leave_them(tmp_path):
         stream.write("u-1 3\nu-2 4\n")
     (tmp_path / "lmwt.nolm").write_text("u-1 1\nu-2 1\n")
     (utterance,) = read_nbest(tmp_path)
-    assert utterance.hyps == [Hypothesis("one", -1.5, -3.0), Hypothesis("two words", -2.5, -4.0)]
+    assert [(h.text, h.am, h.lm, h.extra) for h in utterance.hyps] == [
+        ("one", -1.5, -3.0, {"n": 1}), ("two words", -2.5, -4.0, {"n": 2}),
+    ]  # fmt: skip
+
+
+def espnet2(folder, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def test_espnet2_directory(tmp_path):
+    """Scores as ESPnet2 prints them; the second utterance has one hypothesis only."""
+    espnet2(tmp_path, {
+        "1best_recog/text": "u1 a b\nu2\nu3 c\n", "1best_recog/score": "u1 tensor(-1.5)\nu2 -2\nu3 -1e-3\n",
+        "2best_recog/text": "u1 a\nu3 d\n", "2best_recog/score": "u1 tensor(-2.5, device='cuda:0')\nu3 -3.0\n",
+        "1best_recog/token": "u1 x\n",
+    })  # fmt: skip
+    assert list(read_nbest(tmp_path)) == [
+        NBest("u1", [Hypothesis("a b", -1.5), Hypothesis("a", -2.5)]), NBest("u2", [Hypothesis("", -2.0)]),
+        NBest("u3", [Hypothesis("c", -0.001), Hypothesis("d", -3.0)]),
+    ]  # fmt: skip
+    for path in tmp_path.glob("*/score"):
+        path.unlink()
+    assert [u.has_am for u in read_nbest(tmp_path)] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"2best_recog/text": "u a\n"}, "it has no folder '1best_recog'"),
+        ({"1best_recog/text": "u a\n", "2best_recog/text": "u b\nv c\n"}, "line 2: utterance 'v' is not in"),
+        ({"1best_recog/text": "u a\nv b\n", "2best_recog/text": "v b\nu a\n"}, "line 2: utterance 'u' is not in"),
+        ({"1best_recog/text": "u a\n", "1best_recog/score": "v 1\n"}, "score: utterance 'u' is absent"),
+        ({"1best_recog/text": "u a\n", "1best_recog/score": "u x\n"}, "score: utterance 'u': 'x' is not a number"),
+        ({"1best_recog/text": "u a\nu b\n"}, "line 2: utterance 'u' occurs twice"),
+    ],
+)
+def test_bad_espnet2_directories(tmp_path, files, message):
+    espnet2(tmp_path, files)
+    with pytest.raises(LowbitError) as error:
+        list(read_nbest(tmp_path, "espnet"))
+    assert message in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_symbol_table(tmp_path):
@@ -206,7 +259,7 @@ def test_formats_by_name(tmp_path):
     names = {"a.jsonl": "jsonl", "a.json.gz": "json", "a.tsv": "tsv", "a.trn": "trn", "-": "jsonl", "a.txt": "jsonl"}
     assert {n: find_format(n) for n in names} == names
     assert find_format(tmp_path) == "kaldi"
-    with pytest.raises(LowbitError, match="cannot read the format 'trn'; one of jsonl, json, kaldi, tsv"):
+    with pytest.raises(LowbitError, match="cannot read the format 'trn'; one of jsonl, json, kaldi, espnet, tsv"):
         next(read_nbest("a.trn"))
 
 
@@ -241,7 +294,7 @@ def test_equal_hashes_are_not_taken_for_equal_names(tmp_path, monkeypatch):
 
 def test_cut_gzip(tmp_path):
     for form in FORMATS:
-        if form == "kaldi":
+        if form in ("kaldi", "espnet"):
             continue
         path = tmp_path / f"x.{form}.gz"
         write_nbest(path, [NBest(f"u{i}", LISTS[0].hyps) for i in range(300)])

@@ -32,8 +32,8 @@ def load_engine(args: argparse.Namespace) -> LanguageModel:
 
 def add_list_options(p: argparse.ArgumentParser) -> None:
     """The form of N-best lists, and how many paths of a lattice become one."""
-    p.add_argument("--format", metavar="F", help="jsonl, json (mlm-scoring, ESPnet), kaldi, tsv or lattice "
-                   "(default: by name; a directory is kaldi's)")  # fmt: skip
+    p.add_argument("--format", metavar="F", help="jsonl, json (mlm-scoring, ESPnet), kaldi, espnet (directory), tsv or "
+                   "lattice (default: by name; a directory is Kaldi's or ESPnet2's)")  # fmt: skip
     p.add_argument("--refs", metavar="TEXT", help="references, one line an utterance: its id and its words; same order")
     p.add_argument("--paths", type=int, default=100, metavar="N", help="best paths of a lattice (default 100)")
     p.add_argument("--acoustic-scale", type=float, default=0.1, metavar="S",

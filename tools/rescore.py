@@ -75,8 +75,6 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     report, weights = tuned(args, scorer) if args.tune else applied(args, scorer)
     seconds = time.perf_counter() - start
-    if report.first_pass == "rank":
-        print(f"lowbit rescore: {args.nbest} has no am scores: minus the rank stands for them", file=sys.stderr)
     result = report.to_dict() | {"seconds": seconds, "utterances_per_second": report.utterances / seconds}
     if report.duration:
         result["real_time_factor"] = seconds / report.duration
@@ -148,9 +146,17 @@ def applied(args: argparse.Namespace, scorer: Any) -> tuple[Any, list[Any]]:
         weights = Weights(**{n: v for n in WEIGHTS if (v := getattr(args, n)) is not None},
                           interpolation=args.interpolation, average_am=args.average_am)  # fmt: skip
     report = RescoringReport()
-    done = rescore_stream(scorer, read_lists(args, args.nbest), weights, report, args.nbest, args.keep)
+    done = rescore_stream(scorer, announced(args), weights, report, args.nbest, args.keep)
     write(args, cli.track(done, "rescore", unit="utterance"))
     return report, [weights]
+
+
+def announced(args: argparse.Namespace) -> Iterator[Any]:
+    """The lists; that they have no scores is said before the work, not after it."""
+    for number, utterance in enumerate(read_lists(args, args.nbest)):
+        if not number and not utterance.has_am:
+            print(f"lowbit rescore: {args.nbest} has no am scores: minus the rank stands for them", file=sys.stderr)
+        yield utterance
 
 
 def check_models(args: argparse.Namespace, weights: Any) -> None:
@@ -175,7 +181,7 @@ def tuned(args: argparse.Namespace, scorer: Any) -> tuple[Any, list[Any]]:
     check_seed(args.seed)
     fixed = Weights(0.0, interpolation=args.interpolation, average_am=args.average_am)
     with cli.Progress("score", unit="utterance") as bar:
-        development, first_pass = score_development(scorer, read_lists(args, args.nbest), args.nbest, bar.advance)
+        development, first_pass = score_development(scorer, announced(args), args.nbest, bar.advance)
     if args.folds:
         fold = fold_of([s.utterance for s in development], args.folds, args.fold_by, args.nbest, args.seed)
         with cli.Progress("tune", args.folds, "fold") as bar:

@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("ref", metavar="REF_OR_LIST", help="references: a text, or a list whose utterances have 'ref'")
     p.add_argument("hyp", nargs="*", metavar="HYP", help="one or two systems: texts or lists")
-    p.add_argument("--ref-format", metavar="F", help="lines, text (name first), trn, jsonl, json, kaldi or tsv "
+    p.add_argument("--ref-format", metavar="F", help="lines, text (name first), trn, jsonl, json, kaldi, espnet or tsv "
                    "(default: by the file's name, lines else)")  # fmt: skip
     p.add_argument("--hyp-format", metavar="F", help="the same, of the systems")
     p.add_argument("--alignment", choices=("sclite", "levenshtein"), default="sclite",
