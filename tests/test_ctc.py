@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import lowbit
 from lowbit.backend import TorchBackend
 from lowbit.config import ModelConfig
+from lowbit.container import write_packed
 from lowbit.ctc import CTCLanguageModel
 from lowbit.engine import LanguageModel
 from lowbit.errors import LowbitError
@@ -18,14 +21,21 @@ from lowbit.model import TransformerLM
 from lowbit.vocab import Vocab
 
 CONFIG = ModelConfig(vocab_size=6, d_model=32, n_layers=2, n_heads=2, d_ffn=48, max_len=12)
+VOCAB = Vocab(["</s>", "<unk>", "a", "ab", "b", "ba"])
 LABELS = ["", " ", "a", "b"]  # the first is CTC's blank
 FRAMES = 7
 
 
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
+@pytest.fixture(scope="module", params=["fp32", "packed"])
+def lm(request, tmp_path_factory, pack_random) -> LanguageModel:
+    """In full precision; and a packed file on the native engine, its activations exact, so that they are the same in a
+    state and in a whole sentence but for the order of sums."""
     torch.manual_seed(0)
-    return LanguageModel(TorchBackend(TransformerLM(CONFIG)), CONFIG, Vocab(["</s>", "<unk>", "a", "ab", "b", "ba"]))
+    if request.param == "fp32":
+        return LanguageModel(TorchBackend(TransformerLM(CONFIG)), CONFIG, VOCAB)
+    path = tmp_path_factory.mktemp("ctc") / "m.lowbit"
+    write_packed(path, replace(pack_random(CONFIG), vocab=VOCAB))
+    return lowbit.load(path, compute="exact")
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

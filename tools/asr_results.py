@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,18 +57,20 @@ def picture(rows: Sequence[dict[str, Any]], path: PathLike, title: str) -> None:
 
     by_key = {row["key"]: row for row in rows}
     figure, axis = plt.subplots(figsize=(7.5, 4.5))
-    for key, marker in zip(("shallow", "fp32", "mixed"), itertools.cycle("osD")):
-        row, mixed = by_key[key], by_key.get(f"{key}+ngram")
-        for r, fill in ((row, None), (mixed, "none")):
-            if r is not None:
-                error = [[max(0.0, r["wer"] - r["interval"][0])], [max(0.0, r["interval"][1] - r["wer"])]]
-                axis.errorbar(row["bytes"], r["wer"], error, fmt=marker, ms=8, mfc=fill, capsize=3, alpha=0.8,
-                              label=f"{r['title']}, {cli.format_bytes(row['bytes'])}")  # fmt: skip
+    points = [(key, by_key[key]["bytes"]) for key in ("shallow", "fp32", "mixed")]
+    # Two models take the room of both.
+    points += [(f"{key}+ngram", by_key[key]["bytes"] + by_key["ngram"]["bytes"]) for key in ("fp32", "mixed")]
+    for (key, nbytes), marker in zip(points, "osDsD"):
+        row = by_key[key]
+        error = [[max(0.0, row["wer"] - row["interval"][0])], [max(0.0, row["interval"][1] - row["wer"])]]
+        fill = "none" if key.endswith("+ngram") else None
+        axis.errorbar(nbytes, row["wer"], error, fmt=marker, ms=8, mfc=fill, capsize=3, alpha=0.8,
+                      label=f"{row['title']}, {cli.format_bytes(nbytes)}")  # fmt: skip
     lines = (("first pass", by_key["first"]["wer"], "--"), ("trigram", by_key["ngram"]["wer"], "-."),
              ("oracle", rows[-1]["oracle_wer"], ":"))  # fmt: skip
     for name, value, style in lines:
         axis.axhline(value, color="gray", ls=style, lw=1, label=f"{name}, {value:.2f} %")
-    axis.set(xscale="log", xlabel="bytes of the language model's file", ylabel="WER %", title=title)
+    axis.set(xscale="log", xlabel="bytes of the language models' files", ylabel="WER %", title=title)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda nbytes, _: cli.format_bytes(nbytes)))
     axis.xaxis.set_minor_formatter(NullFormatter())
