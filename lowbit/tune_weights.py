@@ -84,8 +84,9 @@ def tune_weights(
         fixed = replace(fixed, interpolation_weight=1 - best.pop("ngram") / lm_weight if lm_weight else 1.0)
     ref_words = sum(len(s.utterance.ref.split()) for s in development)
     tuned_on = {"list": where, **scorer.describe(), "utterances": len(development), "seed": seed}
-    for name, weights in (("first_pass", np.zeros(len(found))), ("rescored", found)):
-        tuned_on[f"{name}_wer"] = 100 * surface.count(weights) / ref_words
+    # The list's own order is the first pass: the am scores alone may have another.
+    for name, errors in (("first_pass", surface.errors[:, 0].sum()), ("rescored", surface.count(found))):
+        tuned_on[f"{name}_wer"] = float(100 * errors / ref_words)
     return replace(fixed, lm_weight=lm_weight, first_pass=first_pass, tuned_on=tuned_on, **best)
 
 

@@ -188,6 +188,15 @@ def test_linear_interpolation_weight_is_the_most_probable_one():
     assert best_mixture(b + 1, b) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_the_first_pass_is_the_lists_own_order(lm):
+    """A recogniser that weighed more than its acoustic score: by that alone the other hypothesis would come first."""
+    lists = [NBest(f"u{i}", [Hypothesis("a b", -2.0, -1.0), Hypothesis("c", -1.0, -9.0)], "a b") for i in range(3)]
+    weights = tuned(Scorer(lm), lists)
+    assert (weights.tuned_on["first_pass_wer"], weights.tuned_on["rescored_wer"]) == (0.0, 0.0)
+    turned = [NBest(u.id, u.hyps[::-1], u.ref) for u in lists]
+    assert tuned(Scorer(lm), turned).tuned_on["first_pass_wer"] == 100.0
+
+
 def test_average_scores_are_multiplied_by_their_length(lm):
     scorer = Scorer(lm)
     lists = [NBest("u", [Hypothesis("a b c", -0.4), Hypothesis("a", -0.5)], "a b c")]
