@@ -29,7 +29,7 @@ def tool(name: str) -> str:
 def wants_cuda() -> bool:
     """Whether to build lowbit._CUDA: LOWBIT_CUDA=on or off; auto, the default: where nvcc and an NVIDIA GPU are found.
 
-    A machine that has nvcc alone is asked for nothing: its CPU build takes no longer.
+    A machine that has nvcc alone is asked for nothing, and told so: its CPU build takes no longer.
     """
     wish = os.environ.get("LOWBIT_CUDA", "auto")
     if wish not in ("auto", "on", "off"):
@@ -37,7 +37,16 @@ def wants_cuda() -> bool:
     compiler = os.environ.get("CUDACXX") or shutil.which("nvcc")
     if wish == "on" and not compiler:
         sys.exit("lowbit: LOWBIT_CUDA=on needs nvcc: put it on PATH or set CUDACXX, or build with LOWBIT_CUDA=off")
-    return wish == "on" or (wish == "auto" and bool(compiler) and os.path.exists("/dev/nvidia0"))
+    if wish == "auto" and compiler and not has_gpu():
+        print(f"lowbit: found {compiler} but no NVIDIA GPU: not building lowbit._CUDA (LOWBIT_CUDA=on builds it)")
+        return False
+    return wish == "on" or (wish == "auto" and bool(compiler))
+
+
+def has_gpu(devices: str = "/dev") -> bool:
+    """Whether the driver shows a GPU: /dev/nvidia0 and so on (a container may have a later one only), or WSL's dxg."""
+    folder = Path(devices)
+    return any(folder.glob("nvidia[0-9]*")) or (folder / "dxg").exists()
 
 
 class CMakeBuild(build_ext):

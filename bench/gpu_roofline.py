@@ -1,15 +1,18 @@
-"""What the CUDA kernels take, read back from their machine code without a GPU, and the bound that follows on paper.
+"""What the CUDA kernels take, read back from their machine code without a GPU, and the bounds that follow on paper.
 
-    python bench/gpu_roofline.py --arch 80 90 --variants all --out docs/results/gpu_roofline.json
+    python bench/gpu_roofline.py --arch 80 90 --out docs/results/gpu_roofline.json --page docs/KERNELS_GPU.md
 
 Needs nvcc, a C++ compiler and cuobjdump (Triton has one). For every kernel: registers, spills, shared memory, blocks a
 multiprocessor (occupancy), instructions of the main loop a weight and lane. GEMV: the share of the memory bandwidth at
-which the issue slots of all schedulers would be full, from the figures in MACHINES; a bound, no measurement.
+which the issue slots of all schedulers, or the integer units, would be full, from the figures in MACHINES; a bound, no
+measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -20,62 +23,63 @@ import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-# Multiprocessors, boost clock in Hz, bytes/s of memory (vendor's data sheets), registers and bytes of shared memory a
-# multiprocessor (CUDA programming guide); four schedulers each issue an instruction of a warp a clock.
+# Multiprocessors, boost clock in Hz, bytes/s of memory (vendor's data sheets), registers, bytes of shared memory a
+# multiprocessor and most of a block (CUDA programming guide). A multiprocessor issues 4 instructions of a warp a clock,
+# of which 2 may be integer ones (guide, throughput of native arithmetic instructions: 64 results a clock).
+_AMPERE = {"name": "A100 80GB SXM", "sms": 108, "hz": 1.41e9, "bytes": 2.039e12}
+_HOPPER = {"name": "H100 SXM", "sms": 132, "hz": 1.755e9, "bytes": 3.35e12}
 MACHINES = {
-    80: {
-        "name": "A100 80GB SXM",
-        "sms": 108,
-        "hz": 1.41e9,
-        "bytes": 2.039e12,
-        "registers": 65536,
-        "shared": 164 * 1024,
-    },
-    90: {"name": "H100 SXM", "sms": 132, "hz": 1.755e9, "bytes": 3.35e12, "registers": 65536, "shared": 228 * 1024},
+    80: _AMPERE | {"registers": 65536, "shared": 164 * 1024, "shared_block": 163 * 1024},
+    90: _HOPPER | {"registers": 65536, "shared": 228 * 1024, "shared_block": 227 * 1024},
 }
+INTEGER = ("LOP3", "SHF", "PRMT", "IADD3", "VIADD", "ISETP", "LEA", "SEL", "F2FP")
 FORMATS = [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (8, 0)]  # bits, look-up
 DTYPES = ("Fp16", "Bf16")
-# One of everything that changes the code; what CI has time for.
-SMALL_GEMV = [
-    (1, 0, "Fp16", 1, 1),
-    (2, 1, "Bf16", 1, 1),
-    (4, 0, "Bf16", 2, 1),
-    (8, 0, "Fp16", 2, 0),
-    (4, 0, "Fp16", 1, 0),
-]
-SMALL_GEMM = [
-    (1, 0, "Fp16", 0, 128),
-    (2, 0, "Fp16", 0, 128),
-    (4, 0, "Fp16", 1, 128),
-    (4, 1, "Bf16", 1, 64),
+TILES = (32, 64, 128)
+# One of everything that changes the code; what CI has time for. (bits, look-up, dtype, grouped, rows)
+SMALL = [
+    (1, 0, "Fp16", 1, 8), (2, 1, "Bf16", 1, 8), (4, 0, "Bf16", 1, 16), (8, 0, "Fp16", 0, 16), (4, 0, "Fp16", 0, 8),
+    (1, 0, "Fp16", 0, 128), (2, 0, "Fp16", 0, 128), (4, 0, "Fp16", 1, 128), (4, 1, "Bf16", 1, 64),
     (8, 0, "Fp16", 0, 32),
-]
+]  # fmt: skip
+PAPER_SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192)]
+WANTED = {8: 0.85, 4: 0.85, 2: 0.75, 1: 0.60}  # share of the copy bandwidth
+COPY_SHARE = 0.9  # of the data sheet's bandwidth: what large copies usually reach; an assumption
+START_US = 2.0  # a kernel's start and end, when the one before has to end first; an assumption
 
 
-def gemv_shapes(small: bool) -> list[tuple]:
+def kernels(small: bool) -> list[tuple]:
+    """(bits, look-up, dtype, grouped, rows a block): 8 and 16 are the GEMV."""
     if small:
-        return SMALL_GEMV
-    return [(b, t, d, c, g) for b, t in FORMATS for d in DTYPES for c in (1, 2) for g in (0, 1)]
+        return SMALL
+    rows = (8, 16, *TILES)
+    return [(b, t, d, g, m) for m, (b, t), d, g in itertools.product(rows, FORMATS, DTYPES, (0, 1))]
 
 
-def gemm_shapes(small: bool) -> list[tuple]:
-    if small:
-        return SMALL_GEMM
-    return [(b, t, d, g, m) for b, t in FORMATS for d in DTYPES for g in (0, 1) for m in (32, 64, 128)]
+def is_gemv(kernel: tuple) -> bool:
+    return kernel[4] <= 16
 
 
-def instantiations(small: bool) -> list[tuple[str, str]]:
-    """(line of C++ that names the shape, label) of every kernel."""
-    lines = []
-    for b, t, d, c, g in gemv_shapes(small):
-        label = f"gemv {b} bits{' look-up' if t else ''} {d} M<={8 * c}{' grouped' if g else ''}"
-        lines.append((f"GemvShape<{b}, {'true' if t else 'false'}, {d}, {c}, {'true' if g else 'false'}>", label))
-    for b, t, d, g, m in gemm_shapes(small):
-        label = f"gemm {b} bits{' look-up' if t else ''} {d} M tile {m}{' grouped' if g else ''}"
-        table, grouped = ("true" if v else "false" for v in (t, g))
-        tile = {32: "2, 4, 4, 1, 4, 3", 64: "2, 8, 4, 1, 4, 2", 128: "2, 8, 4, 2, 3, 1" if g else "4, 8, 2, 2, 3, 2"}[m]
-        lines.append((f"GemmShape<{b}, {table}, {d}, {grouped}, {tile}>", label))
-    return lines
+def label(kernel: tuple) -> str:
+    bits, table, dtype, grouped, rows = kernel
+    kind = f"gemv {bits} bits" if is_gemv(kernel) else f"gemm {bits} bits"
+    size = f"M<={rows}" if is_gemv(kernel) else f"M tile {rows}"
+    return f"{kind}{' look-up' if table else ''} {dtype} {size}{' grouped' if grouped else ''}"
+
+
+def shape_of(kernel: tuple) -> str:
+    """The C++ type, of dispatch.cuh."""
+    bits, table, dtype, grouped, rows = kernel
+    table, grouped = ("true" if v else "false" for v in (table, grouped))
+    if is_gemv(kernel):
+        return f"GemvShape<{bits}, {table}, {dtype}, {rows // 8}, {grouped}>"
+    return f"GemmTile<{bits}, {table}, {dtype}, {grouped}, {rows}>"
+
+
+def digest() -> str:
+    """Of the code that is compiled for a GPU, without its comments and blanks: whether a result is of these sources."""
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted([*SOURCES.glob("*.cuh"), *SOURCES.glob("*.cu")]))
+    return hashlib.sha256(re.sub(r"//[^\n]*|\s+", "", text).encode()).hexdigest()[:16]
 
 
 def run(*command: str, **options) -> str:
@@ -96,40 +100,41 @@ def cuobjdump() -> str:
         sys.exit("gpu_roofline: needs cuobjdump, of the CUDA toolkit or of Triton")
 
 
-def shapes_on_host(lines: list[tuple[str, str]], folder: Path) -> list[dict]:
-    """Constants of the shapes, from the headers themselves: threads, shared bytes, weights of a loop pass a lane."""
-    body = "\n".join(
-        f'  std::printf("%d %d %d %d\\n", S{i}::kThreads, S{i}::kSharedBytes, {weights(shape, i)}, {stages(shape, i)});'
-        for i, (shape, _) in enumerate(lines)
-    )
-    uses = "\n".join(f"using S{i} = {shape};" for i, (shape, _) in enumerate(lines))
-    source = f"""#include <cstdio>\n#include "qgemm.cuh"\n#include "qgemv.cuh"\nusing namespace lowbit::gpu;\n{uses}
-int main() {{\n{body}\n}}\n"""
-    (folder / "shapes.cpp").write_text(source)
+def shapes_on_host(wanted: list[tuple], folder: Path) -> list[dict]:
+    """Constants of the shapes, from the headers themselves: threads, shared bytes, weights that a lane unpacks in one
+    pass of its loop, bytes of weights that a block has in flight; and the shape's arguments, as its mangled name has
+    them."""
+    lines = []
+    for i, kernel in enumerate(wanted):
+        s = f"S{i}"
+        if is_gemv(kernel):
+            numbers = [f"{s}::kTiles * 32 * {s}::kDepth", f"{s}::kLoads * 16 * {s}::kDepth * {s}::kThreads"]
+            arguments = [f"{s}::kColumns", f"{s}::kGrouped"]
+        else:
+            numbers = [f"{s}::kTilesN * 32", f"{s}::kUnitsW * 16 * ({s}::kStages - 1)"]
+            names = ("kGrouped", "kTilesN", "kTilesM", "kWarpsN", "kWarpsM", "kStages", "kBlocks")
+            arguments = [f"{s}::{name}" for name in names]
+        values = [f"{s}::kThreads", f"{s}::kSharedBytes", *numbers, *arguments]
+        lines.append(f'  std::printf("{" ".join(["%d"] * len(values))}\\n", {", ".join(values)});')
+    uses = "\n".join(f"using S{i} = {shape_of(kernel)};" for i, kernel in enumerate(wanted))
+    source = '#include <cstdio>\n#include "dispatch.cuh"\nusing namespace lowbit::gpu;\n'
+    (folder / "shapes.cpp").write_text(source + uses + "\nint main() {\n" + "\n".join(lines) + "\n}\n")
     compiler = os.environ.get("CXX", "c++")
     run(compiler, "-std=c++17", f"-I{SOURCES}", str(folder / "shapes.cpp"), "-o", str(folder / "shapes"))
-    rows = [line.split() for line in run(str(folder / "shapes")).splitlines()]
-    return [dict(zip(("threads", "shared", "weights", "stage_bytes"), map(int, row))) for row in rows]
+    found = []
+    for kernel, line in zip(wanted, run(str(folder / "shapes")).splitlines()):
+        threads, shared, weights, in_flight, *arguments = map(int, line.split())
+        key = (kernel[0], kernel[1], kernel[2], *arguments)
+        found.append({"threads": threads, "shared": shared, "weights": weights, "stage_bytes": in_flight, "key": key})
+    return found
 
 
-def weights(shape: str, i: int) -> str:
-    """Weights that a lane unpacks in one pass of its main loop."""
-    return f"S{i}::kTiles * 32 * S{i}::kDepth" if shape.startswith("Gemv") else f"S{i}::kTilesN * 32"
-
-
-def stages(shape: str, i: int) -> str:
-    """Bytes of weights that a block has in flight."""
-    if shape.startswith("Gemv"):
-        return f"S{i}::kLoads * 16 * S{i}::kDepth * S{i}::kThreads"
-    return f"S{i}::kUnitsW * 16 * (S{i}::kStages - 1)"
-
-
-def compile_kernels(lines: list[tuple[str, str]], arch: int, folder: Path) -> list[dict]:
-    """Registers, spills and machine code of every kernel, in the order of ``lines``."""
-    text = '#include "qgemm.cuh"\n#include "qgemv.cuh"\nnamespace lowbit::gpu {\n'
-    for i, (shape, _) in enumerate(lines):
-        kernel = "qgemv_kernel" if shape.startswith("Gemv") else "qgemm_kernel"
-        text += f"using S{i} = {shape};\ntemplate __global__ void {kernel}<S{i}>(LOWBIT_PARAM Args);\n"
+def compile_kernels(wanted: list[tuple], arch: int, folder: Path) -> dict[tuple, dict]:
+    """Registers, spills and machine code of every kernel, by its shape's arguments."""
+    text = '#include "dispatch.cuh"\nnamespace lowbit::gpu {\n'
+    for i, kernel in enumerate(wanted):
+        name = "qgemv_kernel" if is_gemv(kernel) else "qgemm_kernel"
+        text += f"using S{i} = {shape_of(kernel)};\ntemplate __global__ void {name}<S{i}>(LOWBIT_PARAM Args);\n"
     (folder / "kernels.cu").write_text(text + "}\n")
     cubin = folder / f"{arch}.cubin"
     flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{SOURCES}", "-Xptxas", "-v", "-cubin"]
@@ -144,24 +149,19 @@ def compile_kernels(lines: list[tuple[str, str]], arch: int, folder: Path) -> li
     for part in sass.split("Function : ")[1:]:
         name, code = part.split("\n", 1)
         found[name.strip()] |= main_loop(code)
-    by_shape = {}
-    for name, entry in found.items():
-        by_shape[_demangled(name)] = entry
-    return [by_shape[re.sub(r"\s", "", shape)] for shape, _ in lines]
+    return {_arguments(name): entry for name, entry in found.items()}
 
 
-def _demangled(name: str) -> str:
-    """GemvShape<...> of a mangled kernel name, without spaces."""
-    kind, inner = re.search(r"(Gem[vm]Shape)I(.*?)EEEEv", name).groups()
-    out = []
-    for token in re.findall(r"Li(\d+)E|Lb([01])E|NS0_4(Fp16|Bf16)E", inner + "E"):
-        number, flag, dtype = token
-        out.append(number or dtype or {"0": "false", "1": "true"}[flag])
-    return f"{kind}<{','.join(out)}>"
+def _arguments(name: str) -> tuple:
+    """Arguments of the GemvShape or GemmShape in a mangled kernel name."""
+    inner = re.search(r"Gem[vm]ShapeI(.*?)EEEEv", name)[1] + "E"
+    tokens = re.findall(r"L[ib](\d+)E|NS0_4(Fp16|Bf16)E", inner)
+    return tuple(dtype or int(number) for number, dtype in tokens)
 
 
 def main_loop(code: str) -> dict:
-    """Instructions between a backward branch and its target, of the longest loop that has tensor-core instructions."""
+    """Instructions between a backward branch and its target, of the longest loop that has tensor-core instructions;
+    and loads that come before the wait for the previous kernel, where there is one."""
     instructions = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
     best: list[str] = []
     for address, text in instructions:
@@ -170,9 +170,16 @@ def main_loop(code: str) -> dict:
             loop = [t for a, t in instructions if int(target[1], 16) <= a <= address]
             if any("HMMA" in t for t in loop) and len(loop) > len(best):
                 best = loop
+    wait = next((i for i, (_, text) in enumerate(instructions) if "ACQBULK" in text), 0)
+    early = sum("LDG" in text or "STG" in text for _, text in instructions[:wait])
     names = [re.sub(r"^@!?U?P\w+\s+", "", t).split()[0].split(".")[0] for t in best]
-    kinds = ("LOP3", "HFMA2", "SHF", "PRMT", "HMMA", "LDG", "LDS", "LDGSTS", "IMAD", "FFMA", "FADD", "F2FP")
-    return {"loop": len(best), "of_which": {k: names.count(k) for k in kinds if k in names}}
+    count = {name: names.count(name) for name in ("HMMA", "LDG", "LDGSTS")}
+    return {
+        "loop": len(best),
+        "integer": sum(n in INTEGER for n in names),
+        "early_loads": early,
+        "waits": wait > 0,
+    } | count
 
 
 def occupancy(entry: dict, machine: dict) -> int:
@@ -182,23 +189,68 @@ def occupancy(entry: dict, machine: dict) -> int:
     return min(by_registers, machine["shared"] // (entry["shared"] + 1024), 2048 // entry["threads"])
 
 
-def tables(kernels: list[dict]) -> dict[str, str]:
+def bound(entry: dict, machine: dict, bits: int) -> float:
+    """Share of the memory bandwidth at which issue slots (4 a clock) or integer units (2 a clock) are full."""
+    clocks = max(entry["instructions_per_weight"] / 4, entry["integer_per_weight"] / 2)
+    return machine["sms"] * machine["hz"] * 32 / clocks * bits / 8 / machine["bytes"]
+
+
+def examine(wanted: list[tuple], arch: int, folder: Path) -> list[dict]:
+    """One record a kernel."""
+    machine, compiled, result = MACHINES[arch], compile_kernels(wanted, arch, folder), []
+    for kernel, host in zip(wanted, shapes_on_host(wanted, folder)):
+        entry = compiled[host.pop("key")]
+        weights, in_flight = host.pop("weights"), host.pop("stage_bytes")
+        loop, integer = entry.pop("loop"), entry.pop("integer")
+        record = {"arch": arch, "kernel": label(kernel)} | host | entry
+        record["blocks_per_sm"] = occupancy(record, machine)
+        record["in_flight_per_sm"] = record["blocks_per_sm"] * in_flight
+        record["instructions_per_weight"] = round(loop / weights, 3)
+        record["integer_per_weight"] = round(integer / weights, 3)
+        if is_gemv(kernel):
+            record["bound"] = round(bound(record, machine, kernel[0]), 3)
+        result.append(record)
+    return result
+
+
+def tables(found: list[dict]) -> dict[str, str]:
     """Markdown of the fp16 kernels on sm_90, for the page on them."""
-    out = {}
-    for kind, extra in (("gemv", " issue bound / bandwidth |"), ("gemm", "")):
-        rows = [k for k in kernels if k["arch"] == 90 and k["kernel"].startswith(kind) and "Fp16" in k["kernel"]]
+    out = {"paper": paper()}
+    for kind, extra in (("gemv", " bound / bandwidth |"), ("gemm", "")):
+        rows = [k for k in found if k["arch"] == 90 and k["kernel"].startswith(kind) and "Fp16" in k["kernel"]]
+        rows.sort(key=lambda k: (k["kernel"].split()[1], "look-up" in k["kernel"]))
         lines = [
-            f"| kernel | registers | spilled | shared KiB | blocks | KiB in flight | instructions a weight |{extra}"
+            f"| kernel | registers | spilled | shared KiB | blocks | KiB in flight | instructions a weight |{extra}",
+            "|---|" + "---:|" * (6 + bool(extra)),
         ]
-        lines.append("|---|" + "---:|" * (6 + bool(extra)))
         for k in rows:
             line = (
                 f"| {k['kernel'].replace(' Fp16', '')} | {k['registers']} | {k['spilled']} | {k['shared'] / 1024:.0f} "
                 f"| {k['blocks_per_sm']} | {k['in_flight_per_sm'] / 1024:.0f} | {k['instructions_per_weight']:.2f} |"
             )
-            lines.append(line + (f" {k['issue_bound_share']:.1f} |" if extra else ""))
+            lines.append(line + (f" {k['bound']:.2f} |" if extra else ""))
         out[kind] = "\n".join(lines)
     return out
+
+
+def paper() -> str:
+    """Markdown: what one row can reach on an H100 if memory is the only bound and a kernel costs START_US."""
+    rate = COPY_SHARE * MACHINES[90]["bytes"]
+    lines = [
+        "| N x K | bits | us at the copy's rate | share wanted | with a start of 2 us | of 1 us "
+        "| times fp16 without a start | with one of 2 us |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for n, k in PAPER_SHAPES:
+        fp16 = 2 * n * k / rate * 1e6
+        for bits, wanted in WANTED.items():
+            us = (n * k * bits / 8 + 2 * n + 2 * (n + k)) / rate * 1e6
+            shares = [us / (us + start) for start in (START_US, START_US / 2)]
+            lines.append(
+                f"| {n} x {k} | {bits} | {us:.1f} | {wanted:.2f} | {shares[0]:.2f} | {shares[1]:.2f} "
+                f"| {fp16 / us:.1f} | {(fp16 + START_US) / (us + START_US):.1f} |"
+            )
+    return "\n".join(lines)
 
 
 def write_page(page: Path, kernels: list[dict]) -> None:
@@ -222,34 +274,30 @@ def main(argv: list[str] | None = None) -> int:
     for tool in ("nvcc", os.environ.get("CXX", "c++")):
         if not shutil.which(tool):
             sys.exit(f"gpu_roofline: needs {tool}")
-    lines = instantiations(args.variants == "small")
     result = []
     with tempfile.TemporaryDirectory() as folder:
-        shapes = shapes_on_host(lines, Path(folder))
         for arch in args.arch:
-            machine = MACHINES[arch]
-            for (shape, label), host, entry in zip(lines, shapes, compile_kernels(lines, arch, Path(folder))):
-                entry = {"arch": arch, "kernel": label} | host | entry
-                entry["blocks_per_sm"] = occupancy(entry, machine)
-                entry["instructions_per_weight"] = entry["loop"] / host["weights"]
-                entry["in_flight_per_sm"] = entry["blocks_per_sm"] * host["stage_bytes"]
-                if shape.startswith("Gemv"):
-                    bits = int(label.split()[1])
-                    issue = machine["sms"] * 4 * machine["hz"] * 32 / entry["instructions_per_weight"]  # weights/s
-                    entry["issue_bound_share"] = issue * bits / 8 / machine["bytes"]
-                result.append(entry)
+            for record in examine(kernels(args.variants == "small"), arch, Path(folder)):
+                result.append(record)
                 print(
-                    f"sm_{arch} {label:38} {entry['registers']:3} registers {entry['spilled']} spilled "
-                    f"{entry['shared'] / 1024:5.1f} KiB {entry['blocks_per_sm']} blocks "
-                    f"{entry['in_flight_per_sm'] / 1024:4.0f} KiB {entry['instructions_per_weight']:5.2f} a weight"
-                    + (f"  issue bound {entry['issue_bound_share']:4.1f}" if "issue_bound_share" in entry else "")
+                    f"sm_{arch} {record['kernel']:38} {record['registers']:3} registers {record['spilled']} spilled "
+                    f"{record['shared'] / 1024:5.1f} KiB {record['blocks_per_sm']} blocks "
+                    f"{record['in_flight_per_sm'] / 1024:4.0f} KiB {record['instructions_per_weight']:5.2f} a weight"
+                    + (f"  bound {record['bound']:4.2f}" if "bound" in record else "")
                 )
     if args.out:
-        compiler = run("nvcc", "--version").strip().splitlines()[-2]
-        args.out.write_text(json.dumps({"nvcc": compiler, "machines": MACHINES, "kernels": result}, indent=1) + "\n")
+        write(args.out, result)
     if args.page:
         write_page(args.page, result)
     return 0
+
+
+def write(path: Path, result: list[dict]) -> None:
+    """JSON with one line a kernel."""
+    compiler = run("nvcc", "--version").strip().splitlines()[-2]
+    head = {"nvcc": compiler, "sources": digest(), "machines": MACHINES}
+    lines = ",\n".join("  " + json.dumps(record) for record in result)
+    path.write_text(json.dumps(head)[:-1] + ', "kernels": [\n' + lines + "\n]}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ _K = 4096  # decides only whether scales are grouped
 class Variant:
     """One specialisation: the table's name fixes the bits; ``bucket`` indexes config.BUCKETS; group 0: row scales.
 
-    ``split``: a GEMV that writes fp32 partial sums instead of y.
+    ``split``: a GEMV that writes fp32 partial sums instead of y. ``ragged``: N, K and strides are no multiples of 16,
+    as in a model of width 380; of others the launcher tells the compiler that they are.
     """
 
     table: str
@@ -35,6 +36,7 @@ class Variant:
     group: int = 0
     dtype: str = "fp16"
     split: bool = False
+    ragged: bool = False
 
     @property
     def bits(self) -> int:
@@ -51,15 +53,18 @@ SMALL = (
     Variant("int8", 2, 0, "bf16"),
     Variant("binary", 3, 64),
     Variant("pow2_4", 4, 64),
+    Variant("midrise2", 0, ragged=True),
+    Variant("midrise4", 3, 64, "bf16", ragged=True),
     *OTHERS,
 )
 ALL = (
     tuple(
-        Variant(table, bucket, group, dtype)
+        Variant(table, bucket, group, dtype, ragged=ragged)
         for table in (*(DEFAULT_TABLE[bits] for bits in BITS), "pow2_2", "pow2_4")
         for bucket in range(len(BUCKETS))
         for group in (0, 64)
         for dtype in ("fp16", "bf16")
+        for ragged in (False, True)
     )
     + OTHERS
 )
@@ -82,7 +87,7 @@ class Usage:
 
 
 def compile_variant(variant: Variant | str, arch: int) -> Usage:
-    """Compile for ``sm_<arch>`` as the launcher would for aligned shapes; a string is one of OTHERS.
+    """Compile for ``sm_<arch>`` as the launcher would; a string is one of OTHERS.
 
     Raises:
         LowbitError: Triton or its CUDA tools are missing, or Triton runs as an interpreter.
@@ -97,12 +102,15 @@ def compile_variant(variant: Variant | str, arch: int) -> Usage:
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
     if not isinstance(kernel, triton.JITFunction):
         raise LowbitError("TRITON_INTERPRET is set: kernels are interpreted, not compiled")
-    # What the launcher's arguments are: 16-byte aligned pointers, sizes and strides divisible by 16. M is not (an
-    # M of 1 is a constant there).
+    # What the launcher tells of its arguments: 16-byte aligned pointers, and whether sizes and strides are divisible by
+    # 16. M is not; an M of 1 is a constant (_linear).
+    ragged = ("m", "splits", "d", "head_dim", "heads")
+    if isinstance(variant, Variant) and variant.ragged:
+        ragged += ("n", "k", "x_stride", "y_stride")
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind not in ("constexpr", "fp32") and name not in ("m", "splits", "d", "head_dim", "heads")
+        if kind not in ("constexpr", "fp32") and name not in ragged
     }
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -152,6 +160,8 @@ def _linear(variant: Variant) -> tuple:
         "OPERAND": tl.float16 if variant.dtype == "fp16" else tl.bfloat16,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
+    if rows == 1:
+        constants["m"] = 1
     kinds = {"x": f"*{variant.dtype}", "codes": "*i32", "scales": "*fp16", "table": "*i8", "bias": "*fp32"}
     kinds |= dict.fromkeys(("out", "y"), "*fp32" if variant.split else f"*{variant.dtype}")
     return kernel, constants, kinds, config.options

@@ -1,13 +1,15 @@
 """The host side of the CUDA kernels: `lowbit._CUDA` behind checked arguments.
 
 The module is built where nvcc is (LOWBIT_CUDA=auto|on|off); :func:`module` says whether it is here. Kernels run on the
-current stream of the tensors' device. Workspaces come from torch's allocator; the counters by which blocks find out
-who arrives last belong to a device and a stream, and every launch leaves them at zero.
+current stream of the tensors' device, whichever device is the current one. Workspaces come from torch's allocator. The
+counters by which blocks find out who arrives last belong to a stream or to one recording of a graph, which clears them
+whenever it is replayed; every launch leaves them at zero.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from types import ModuleType
 
 import torch
@@ -19,16 +21,26 @@ from lowbit.kernels.weight import CHUNK, ROW_PAD, GpuWeight
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}
 _COUNTERS = 16384
 _PANEL_BYTES = 32 * 2**20  # of dense weights that exist at a time: they stay in the L2 cache of a large GPU
-_counters: dict[tuple[int, int], torch.Tensor] = {}
+# (device, stream, whether in a graph) -> (number of the recording, counters). A graph may be replayed on any stream, at
+# the same time as others: it has its own.
+_counters: dict[tuple[int, int, bool], tuple[int, torch.Tensor]] = {}
 
 
 @functools.cache
 def module() -> ModuleType | None:
-    """`lowbit._CUDA`, or None where it was not built."""
+    """`lowbit._CUDA`, or None where it was not built.
+
+    Raises:
+        LowbitError: it was built, and cannot be loaded.
+    """
+    if importlib.util.find_spec("lowbit._CUDA") is None:
+        return None
     try:
         from lowbit import _CUDA
-    except ImportError:
-        return None
+    except ImportError as error:
+        raise LowbitError(
+            f"the CUDA extension cannot be loaded ({error}): build it again, LOWBIT_CUDA=off without"
+        ) from None
     return _CUDA
 
 
@@ -61,6 +73,7 @@ def linear(
     activation: str | None = None,
     splits: int | None = None,
     tile_m: int | None = None,
+    early: bool = True,
 ) -> None:
     """y [M, N] = residual + activation(x W^T + bias), enqueued.
 
@@ -69,23 +82,25 @@ def linear(
         bias: fp32 [N] or None.
         y: of x's dtype or fp32, outputs adjacent; may be ``residual``, which has y's dtype and strides.
         splits, tile_m: instead of the table's (measurements, tests).
+        early: from sm_90 on, start while the kernel before in the stream ends (programmatic dependent launch).
     """
     m = x.shape[0]
     tile_m = tile_m or next((rows for rows in NATIVE_TILES if m <= rows), NATIVE_TILES[-1])
     blocks = native_blocks(weight.bits, tile_m, m, weight.padded_rows)
     if splits is None:
-        splits = native_splits(weight.bits, tile_m, m, weight.padded_rows, weight.shape[1], processors(x.device))
+        most = native_splits(weight.bits, tile_m, m, weight.padded_rows, weight.shape[1], processors(x.device))
+        splits = most if blocks <= _COUNTERS else 1
     if splits > 1 and blocks > _COUNTERS:
         raise LowbitError(f"{blocks} tiles cannot be split along K: {_COUNTERS} counters")
     partial = arrived = None
-    stream = torch.cuda.current_stream(x.device).cuda_stream
+    queue = _queue(x.device)
     if splits > 1:
         partial = torch.empty((splits, m, weight.padded_rows), dtype=torch.float32, device=x.device)
-        arrived = _arrived(x.device, stream)
+        arrived = _arrived(x.device, *queue)
     module().linear(
         view(weight), x.data_ptr(), x.stride(0), m, x.dtype == torch.bfloat16, _address(bias), _address(residual),
-        ACTIVATIONS[activation], y.data_ptr(), y.stride(0), y.dtype == torch.float32, tile_m, splits,
-        _address(partial), _address(arrived), stream,
+        ACTIVATIONS[activation], y.data_ptr(), y.stride(0), y.dtype == torch.float32, early, tile_m,
+        splits, _address(partial), _address(arrived), *queue,
     )  # fmt: skip
 
 
@@ -98,16 +113,16 @@ def dense(x: torch.Tensor, weight: GpuWeight, bias: torch.Tensor | None, y: torc
     pitch = -(-k // CHUNK) * CHUNK
     rows = max(ROW_PAD, _PANEL_BYTES // (2 * pitch) // ROW_PAD * ROW_PAD)
     panel = torch.empty((min(rows, weight.padded_rows), pitch), dtype=x.dtype, device=x.device)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
+    queue = _queue(x.device)
     for first in range(0, n, len(panel)):
         count = min(len(panel), weight.padded_rows - first)
-        module().panel(view(weight), x.dtype == torch.bfloat16, first, count, panel.data_ptr(), stream)
+        module().panel(view(weight), x.dtype == torch.bfloat16, first, count, panel.data_ptr(), *queue)
         last = min(first + count, n)
         columns, wide = y[:, first:last], panel[: last - first, :k].t()
         if y.dtype == x.dtype:
             torch.mm(x, wide, out=columns)
-        else:
-            columns.copy_(x @ wide)
+        else:  # sums are not rounded to 16 bits on the way
+            columns.copy_(torch.mm(x, wide, out_dtype=torch.float32))
         if bias is not None:
             columns += bias[first:last]
 
@@ -116,8 +131,7 @@ def rows(weight: GpuWeight, ids: torch.Tensor) -> torch.Tensor:
     """fp32 [count, K]: rows ``ids`` (int64 [count], inside W) of the dequantized matrix."""
     out = torch.empty((len(ids), weight.shape[1]), dtype=torch.float32, device=ids.device)
     if len(ids):
-        stream = torch.cuda.current_stream(ids.device).cuda_stream
-        module().rows(view(weight), ids.data_ptr(), len(ids), out.data_ptr(), stream)
+        module().rows(view(weight), ids.data_ptr(), len(ids), out.data_ptr(), *_queue(ids.device))
     return out
 
 
@@ -127,11 +141,19 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _arrived(device: torch.device, stream: int) -> torch.Tensor:
-    key = (device.index if device.index is not None else torch.cuda.current_device(), stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-    return _counters[key]
+def _queue(device: torch.device) -> tuple[int, int]:
+    """Number of a device and address of its current stream."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
+def _arrived(device: torch.device, number: int, stream: int) -> torch.Tensor:
+    """int32 [_COUNTERS], zero when the next kernel of this stream starts, or of the graph that records it."""
+    recording = module().recording(number, stream)
+    key = (number, stream, recording > 0)
+    if key not in _counters or _counters[key][0] != recording:
+        _counters[key] = recording, torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    return _counters[key][1]
 
 
 def _address(t: torch.Tensor | None) -> int:

@@ -76,15 +76,21 @@ def linear(
         raise LowbitError(f"out_dtype must be float16, bfloat16 or float32, not {out_dtype}")
     if activation not in cuda.ACTIVATIONS:
         raise LowbitError(f"activation must be None, relu or gelu, not {activation!r}")
-    if residual is not None and (residual.shape != (*x.shape[:-1], n) or residual.dtype != out_dtype):
-        raise LowbitError(f"residual must be {out_dtype} [{rows}, {n}], not {describe(residual)}")
+    if residual is not None:
+        if residual.shape != (*x.shape[:-1], n) or residual.dtype != out_dtype:
+            raise LowbitError(f"residual must be {out_dtype} [{rows}, {n}], not {describe(residual)}")
+        if residual.device != x.device:
+            raise LowbitError(f"residual is on {residual.device}, x on {x.device}")
+    if out_dtype not in (x.dtype, torch.float32):  # kernels write the dtype of x, or fp32
+        residual = None if residual is None else residual.float()
+        return linear(x, weight, bias, torch.float32, config, residual, activation, route).to(out_dtype)
     route = _route(route, config, weight, rows, x.device)
     y = torch.empty((rows, n), dtype=out_dtype, device=x.device)
     if rows:
         with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
             if route == "cuda":
                 fp32 = None if bias is None else bias.float()
-                before = None if residual is None else residual.reshape(rows, n)
+                before = None if residual is None else residual.reshape(rows, n).contiguous()  # strides of y
                 cuda.linear(cuda.whole_rows(x2), weight, fp32, y, before, activation)
                 return y.view(*x.shape[:-1], n)
             if route == "dense":
@@ -187,17 +193,12 @@ def kernel_constants(
     }  # fmt: skip
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _gemv(x: torch.Tensor, w: GpuWeight, bias: torch.Tensor | None, y: torch.Tensor, config: KernelConfig) -> None:
     from lowbit.kernels.gemv import gemv_kernel, reduce_kernel
 
     (m, k), n = x.shape, w.shape[0]
-    parts = splits(config, n, k, _processors(x.device))
+    processors = cuda.processors(x.device) if x.is_cuda else 1  # 1 for the interpreter
+    parts = splits(config, n, k, processors)
     out = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
     gemv_kernel[(-(-n // config.block_n), parts)](
         x, w.codes, w.scales, w.table, y if bias is None else bias, out, m, n, k, x.stride(0), n,

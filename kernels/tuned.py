@@ -1,12 +1,13 @@
 """Measured choices in place of the tables' defaults: which kernel serves, with which tiles, on one GPU model.
 
-`lowbit tune` writes the file; the first product on a GPU reads it. Nothing is measured at start-up.
+`lowbit tune` writes the file; the first product on a GPU reads it. Nothing is measured at start-up. As for the CPU's
+crossovers (:mod:`lowbit.tuning`), an environment variable names another file, which must exist, or switches it off:
+LOWBIT_GPU_TUNING=FILE|off.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import statistics
@@ -17,61 +18,87 @@ from typing import Any
 
 import torch
 
+from lowbit import tuning
 from lowbit.errors import LowbitError
+from lowbit.files import read_json, write_json
 from lowbit.kernels.config import BUCKETS, CONFIGS, ROUTE_NAMES, ROUTES, KernelConfig
 from lowbit.tables import BITS
 
+VARIABLE = "LOWBIT_GPU_TUNING"
+VERSION = 1
 _FIELDS = {"bits", "most_rows", "route", "triton"}
+
+Choices = dict[tuple[int, int], tuple[str, KernelConfig]]  # (bits, bucket) -> route, tiles of the Triton kernel
 
 
 def default_path(gpu: str) -> Path:
-    """Where choices for a GPU of this name are kept: LOWBIT_TUNED, or lowbit/tuned-NAME.json in the user's cache."""
-    if path := os.environ.get("LOWBIT_TUNED"):
-        return Path(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "lowbit" / f"tuned-{re.sub(r'[^A-Za-z0-9]+', '-', gpu).strip('-').lower()}.json"
+    """The file of a GPU of this name in the user's cache folder."""
+    return tuning.cache_folder() / f"tuned-{re.sub(r'[^A-Za-z0-9]+', '-', gpu).strip('-').lower()}.json"
 
 
 @functools.cache
 def apply_once(device: torch.device) -> Path | None:
-    """Apply the choices for this device's model, if there are any; the file they came from."""
-    gpu = torch.cuda.get_device_name(device)
-    path = default_path(gpu)
-    if not path.is_file():
+    """Apply the choices for this device's model, if there are any; the file they came from.
+
+    Raises:
+        LowbitError: LOWBIT_GPU_TUNING names a file that does not exist, or the file is damaged or another GPU's.
+    """
+    if os.environ.get(VARIABLE) == "off":
         return None
-    apply(path, gpu)
+    gpu = torch.cuda.get_device_name(device)
+    named = tuning.chosen_path(VARIABLE)
+    path = named or default_path(gpu)
+    if not named and not path.exists():
+        return None
+    try:
+        apply(read(path, gpu))
+    except LowbitError as error:
+        raise LowbitError(f"{error} ({VARIABLE}=off ignores it)") from None
     return path
 
 
-def apply(path: Path, gpu: str) -> None:
-    """Replace entries of ROUTES and CONFIGS by those of a file.
-
-    Raises:
-        LowbitError: a file that is damaged or was measured on another GPU model.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["gpu"] != gpu:
-            raise LowbitError(f"{path}: was measured on {data['gpu']!r}, this is {gpu!r}: run lowbit tune")
-        entries = [_entry(entry) for entry in data["choices"]]
-    except (OSError, ValueError, KeyError, TypeError, LowbitError) as error:
-        if isinstance(error, LowbitError) and str(error).startswith(str(path)):
-            raise
-        raise LowbitError(f"{path}: no file of lowbit tune ({error!r}): delete it, or run lowbit tune") from None
-    for key, route, config in entries:
+def apply(choices: Choices) -> None:
+    """Replace entries of ROUTES and CONFIGS."""
+    for key, (route, config) in choices.items():
         ROUTES[key] = route
         CONFIGS[key] = config
 
 
-def _entry(entry: dict[str, Any]) -> tuple[tuple[int, int], str, KernelConfig]:
+def read(path: str | os.PathLike[str], gpu: str) -> Choices:
+    """The choices of a file.
+
+    Raises:
+        LowbitError: the file is damaged or was measured on another GPU model.
+    """
+    data = read_json(path)
+    try:
+        if data["version"] != VERSION:
+            raise ValueError(f"version {data['version']!r}")
+        if data["gpu"] != gpu:
+            raise LowbitError(f"{path}: was measured on {data['gpu']!r}, this is {gpu!r}: run lowbit tune")
+        return dict(_entry(entry) for entry in data["choices"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise LowbitError(f"{path}: no file of lowbit tune ({error!r}): delete it, or run lowbit tune") from None
+
+
+def _entry(entry: dict[str, Any]) -> tuple[tuple[int, int], tuple[str, KernelConfig]]:
     if set(entry) != _FIELDS or entry["bits"] not in BITS or entry["route"] not in ROUTE_NAMES:
-        raise LowbitError(f"bad choice {entry}")
-    return (entry["bits"], BUCKETS.index(entry["most_rows"])), entry["route"], KernelConfig(**entry["triton"])
+        raise ValueError(f"bad choice {entry}")
+    try:
+        config = KernelConfig(**entry["triton"])
+    except LowbitError as error:
+        raise ValueError(str(error)) from None
+    return (entry["bits"], BUCKETS.index(entry["most_rows"])), (entry["route"], config)
 
 
-def choice(bits: int, bucket: int, route: str, config: KernelConfig) -> dict[str, Any]:
-    """An entry of the file."""
-    return {"bits": bits, "most_rows": BUCKETS[bucket], "route": route, "triton": asdict(config)}
+def write(path: str | os.PathLike[str], gpu: str, choices: Choices, measured: Sequence[dict[str, Any]] = ()) -> None:
+    """Replace the file in one step. Makes the folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    entries = [
+        {"bits": bits, "most_rows": BUCKETS[bucket], "route": route, "triton": asdict(config)}
+        for (bits, bucket), (route, config) in sorted(choices.items())
+    ]
+    write_json(path, {"version": VERSION, "gpu": gpu, "choices": entries, "measured": list(measured)})
 
 
 def seconds_a_call(calls: Sequence[Callable[[], object]], repeats: int = 7, rounds: int | None = None) -> float:

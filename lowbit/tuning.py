@@ -48,13 +48,17 @@ def default_path() -> Path:
     name = processor()
     readable = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:60]
     digest = hashlib.sha256(f"{name}\0{__version__}".encode()).hexdigest()[:8]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "lowbit" / f"crossovers-{readable}-{digest}.json"
+    return cache_folder() / f"crossovers-{readable}-{digest}.json"
 
 
-def chosen_path() -> Path | None:
-    """The file that LOWBIT_TUNING names, if it names one."""
-    chosen = os.environ.get(VARIABLE, "")
+def cache_folder() -> Path:
+    """lowbit's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
+
+
+def chosen_path(variable: str = VARIABLE) -> Path | None:
+    """The file that the environment variable names, if it names one."""
+    chosen = os.environ.get(variable, "")
     return Path(chosen) if chosen not in ("", "off") else None
 
 

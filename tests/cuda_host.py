@@ -42,7 +42,7 @@ class CLinear(ctypes.Structure):
         ("y", ctypes.c_void_p), ("partial", ctypes.c_void_p), ("arrived", ctypes.c_void_p),
         ("x_stride", ctypes.c_int64), ("y_stride", ctypes.c_int64),
         ("m", ctypes.c_int), ("splits", ctypes.c_int), ("activation", ctypes.c_int),
-        ("bf16", ctypes.c_bool), ("y_fp32", ctypes.c_bool), ("tile_m", ctypes.c_int),
+        ("bf16", ctypes.c_bool), ("y_fp32", ctypes.c_bool), ("early", ctypes.c_bool), ("tile_m", ctypes.c_int),
     ]  # fmt: skip
 
 
@@ -80,6 +80,47 @@ class Host:
         out = (ctypes.c_int64 * 3)()
         self.lib.host_counts(out)
         return tuple(out)
+
+
+class Emulated:
+    """`lowbit._CUDA` on CPU tensors: what lowbit.kernels.cuda calls, run by the emulator. Remembers its calls."""
+
+    def __init__(self, host: Host):
+        self.host, self.calls, self.graph = host, [], 0
+        self.everywhere = (CArray * 1)(CArray(1, 2**62))  # addresses only: extents are test_cuda_host's business
+
+    def Weight(self, codes, scales, levels, n, k, bits, group, lookup):
+        return CWeight(codes, scales, (ctypes.c_int8 * 16)(*levels), n, k, bits, group, lookup)
+
+    def linear(self, w, x, x_stride, m, bf16, bias, residual, activation, y, y_stride, y_fp32, early, tile_m, splits,
+               partial, arrived, device, stream):  # fmt: skip
+        self.calls.append({"m": m, "splits": splits, "tile_m": tile_m, "arrived": arrived, "queue": (device, stream)})
+        call = CLinear(w, x, bias, residual, y, partial, arrived, x_stride, y_stride, m, splits, activation, bf16,
+                       y_fp32, early, tile_m)  # fmt: skip
+        self.host.call("host_linear", ctypes.byref(call), self.everywhere, 1, len(self.calls))
+
+    def rows(self, w, ids, count, out, device, stream):
+        pointers = (ctypes.c_void_p(ids), ctypes.c_int64(count), ctypes.c_void_p(out))
+        self.host.call("host_rows", ctypes.byref(w), *pointers, self.everywhere, 1)
+
+    def panel(self, w, bf16, first_row, count, out, device, stream):
+        self.host.call("host_panel", ctypes.byref(w), bf16, first_row, count, ctypes.c_void_p(out), self.everywhere, 1)
+
+    def recording(self, device, stream):
+        return self.graph
+
+
+def emulate(patch: pytest.MonkeyPatch, processors: int = 4) -> Emulated:
+    """Put the emulator in the place of the extension, on CPU tensors, for the routes "cuda" and "dense"."""
+    from lowbit.kernels import cuda, launch
+
+    emulated = Emulated(build())
+    patch.setattr(cuda, "module", lambda: emulated)
+    patch.setattr(cuda, "_queue", lambda device: (0, 5))
+    patch.setattr(cuda, "processors", lambda device: processors)
+    patch.setattr(cuda, "_counters", {})
+    patch.setattr(launch, "_route", lambda route, *_: route or "cuda")
+    return emulated
 
 
 def compiler() -> str:

@@ -1,10 +1,14 @@
-"""The GPU engine on a CPU: its modules and decoding step in Triton's interpreter, against the packed CPU model."""
+"""The GPU engine on a CPU: its modules and decoding step in Triton's interpreter and on the CUDA kernels' emulator,
+against the packed CPU model."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
+from cuda_host import emulate
 from test_triton_linear import interpreter_switch  # noqa: F401  the kernels read TRITON_INTERPRET while they run
 
 from lowbit import ModelConfig, quantize
@@ -27,11 +31,19 @@ CONFIGS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.norm}-{c.position}")
-def models(request, tmp_path, pack_random):
-    """The same file on the reference and on the GPU modules."""
+def name_of(case: tuple[ModelConfig, str]) -> str:
+    return f"{case[0].position}-{case[1]}"
+
+
+@pytest.fixture(params=itertools.product(CONFIGS, ("triton", "cuda")), ids=name_of)
+def models(request, tmp_path, pack_random, monkeypatch):
+    """The same file on the reference and on the GPU modules, whose products are Triton's or the CUDA kernels'."""
+    config, route = request.param
+    if DEVICE == "cpu" and route == "cuda":
+        emulate(monkeypatch)
+        monkeypatch.setattr("lowbit.cuda.serves", lambda *_: "cuda")
     path = tmp_path / "m.lowbit"
-    write_packed(path, pack_random(request.param))
+    write_packed(path, pack_random(config))
     reference = _load_packed(path, "cpu", "exact")
     loaded = _load_packed(path, DEVICE, "int8", gpu=True)
     return TorchBackend(reference.model, "cpu"), CudaBackend(loaded.model, DEVICE), loaded
@@ -72,7 +84,7 @@ def test_decoding(models):
         check(both[1][1], both[0][1])
 
 
-@pytest.mark.parametrize("models", CONFIGS[2:], indirect=True, ids=["learned"])
+@pytest.mark.parametrize("models", [(CONFIGS[2], "triton"), (CONFIGS[2], "cuda")], indirect=True, ids=name_of)
 def test_the_language_model_generates(models):
     """Beyond the context, where the cache starts anew."""
     reference, backend, loaded = models

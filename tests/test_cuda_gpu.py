@@ -9,6 +9,7 @@ from test_cuda_host import DTYPES, FORMATS, activations, check, weight
 from lowbit.errors import LowbitError
 from lowbit.kernels import cuda, linear
 from lowbit.kernels.config import BUCKETS, NATIVE_TILES
+from lowbit.kernels.tuned import random_weight
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or cuda.module() is None, reason="needs a CUDA GPU and lowbit._CUDA"
@@ -38,8 +39,12 @@ def test_cuda_kernels(bits, table, group, tile_m):
     sizes = [1, 8, 9, 16] if tile_m == 16 else [tile_m // 2 + 3, tile_m + 5]
     for i, m in enumerate(sizes):
         n, k = [(70, 380), (1000, 1160), (4096, 4096), (33, 64)][(turn + i) % 4]
-        w, dense = weight(bits, table, n, k, group if k > 64 else None)
-        w = w.to("cuda")
+        if n == 4096:  # quantizing would take long
+            w = random_weight(n, k, bits, group, "cuda", i)
+            dense = w.dequantize().double().cpu()
+        else:
+            w, dense = weight(bits, table, n, k, group if k > 64 else None)
+            w = w.to("cuda")
         for dtype in DTYPES:
             x = activations(m, k, dtype)
             bias = torch.randn(n) if i % 2 else None
@@ -122,6 +127,66 @@ def test_replayed_in_a_graph():
         graph.replay()
         torch.cuda.synchronize()
         check(y.cpu(), x.cpu(), dense)
+
+
+def test_two_graphs_at_a_time():
+    """Recorded on one stream that never ran anything, replayed on two: neither shares counters with the other."""
+    w, dense = weight(4, None, 4096, 1024)
+    w = w.to("cuda")
+    x = activations(1, 1024, torch.float16).cuda()
+    run(w, x, tile_m=16, splits=4)  # kernels are loaded outside of the recording
+    recorder, graphs, results = torch.cuda.Stream(), [], []
+    for _ in range(2):
+        y, graph = torch.zeros(1, 4096, device="cuda"), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=recorder):
+            for _ in range(8):
+                cuda.linear(x, w, None, y, splits=4)
+        graphs.append(graph)
+        results.append(y)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(20):
+        for y, stream, graph in zip(results, streams, graphs):
+            with torch.cuda.stream(stream):
+                y.fill_(torch.nan)
+                graph.replay()
+    torch.cuda.synchronize()
+    for y in results:
+        check(y.cpu(), x.cpu(), dense)
+
+
+def test_products_in_a_row_wait_for_each_other():
+    """Each reads what the one before wrote, which starts before that one's end (programmatic dependent launch)."""
+    w, dense = weight(4, None, 1024, 1024)
+    w = w.to("cuda")
+    start = activations(1, 1024, torch.float16).cuda() * 0.05
+    for early in (True, False):
+        x = start
+        for _ in range(12):
+            y = torch.full((1, 1024), torch.nan, dtype=torch.float16, device="cuda")
+            cuda.linear(x, w, None, y, splits=2, early=early)
+            check(y.cpu(), x.cpu(), dense)
+            x = y / y.float().norm().half()
+    outs = [torch.full((1, 1024), torch.nan, dtype=torch.float16, device="cuda") for _ in range(12)]
+    small = random_weight(1024, 1024, 8, None, "cuda", 0)
+    small.scales.fill_(2.0**-12)
+    dense = small.dequantize().double().cpu()
+    for _ in range(10):
+        for before, y in zip([start, *outs], outs):
+            cuda.linear(before, small, None, y, splits=2)
+        torch.cuda.synchronize()
+        for before, y in zip([start, *outs], outs):
+            check(y.cpu(), before.cpu(), dense)
+
+
+def test_another_current_device_does_not_matter():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    w, dense = weight(2, None, 64, 256)
+    x, w = activations(1, 256, torch.float16), w.to("cuda:1")
+    y = torch.full((1, 64), torch.nan, device="cuda:1")
+    with torch.cuda.device(0):
+        cuda.linear(x.to("cuda:1"), w, None, y)
+    check(y.cpu(), x, dense)
 
 
 def test_what_cannot_run_is_named():

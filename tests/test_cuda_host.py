@@ -81,7 +81,7 @@ def run(host, w, x, *, tile_m, splits=1, bias=None, residual=None, y_dtype=None,
     call = CLinear(
         CWeight.of(w), x.data_ptr(), 0 if bias is None else bias.data_ptr(), 0 if residual is None else y.data_ptr(),
         y.data_ptr(), partial.data_ptr(), arrived.data_ptr(), x.stride(0), y.stride(0), m, splits, activation,
-        x.dtype == torch.bfloat16, y.dtype == torch.float32, tile_m,
+        x.dtype == torch.bfloat16, y.dtype == torch.float32, True, tile_m,
     )  # fmt: skip
     host.call("host_linear", ctypes.byref(call), *arrays(w.codes, w.scales, x, bias, y, partial, arrived), seed)
     assert not bool(arrived.any()), "counters are left at zero"
@@ -211,7 +211,7 @@ def test_the_machine_finds_what_it_looks_for(host):
     x = activations(2, 128, torch.float16)
     y = torch.empty(2, 64)
     call = CLinear(
-        CWeight.of(w), x.data_ptr(), 0, 0, y.data_ptr(), 0, 0, x.stride(0), 64, 2, 1, 0, False, True, 16
+        CWeight.of(w), x.data_ptr(), 0, 0, y.data_ptr(), 0, 0, x.stride(0), 64, 2, 1, 0, False, True, True, 16
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="outside of every array"):
         host.call("host_linear", ctypes.byref(call), *arrays(w.codes, w.scales, x[:1], y), 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lowbit.errors import LowbitError
@@ -16,38 +17,48 @@ _COLD_BYTES = 256 * 2**20
 
 
 def parser() -> argparse.ArgumentParser:
-    p = cli.parser("tune", "lowbit tune --bits 2 4")
+    p = cli.parser("tune", "lowbit tune --bits 2 4", "For the CPU's kernels: lowbit tune-cpu.")
     p.add_argument("--bits", type=int, nargs="+", choices=(1, 2, 4, 8), default=[1, 2, 4, 8], help="widths to measure")
-    p.add_argument("--out", help="where to write; by default where the kernels look: the user's cache, or LOWBIT_TUNED")
+    p.add_argument("--out", metavar="FILE", help="default: the user's cache folder, or LOWBIT_GPU_TUNING")
+    p.add_argument("--force", action="store_true", help="measure again what the file holds already")
     return p
 
 
 def body(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from lowbit.files import write_json
+    from lowbit import tuning
     from lowbit.kernels import tuned
     from lowbit.kernels.config import BUCKETS
 
     if not torch.cuda.is_available():
-        raise LowbitError("lowbit tune measures on a CUDA GPU, and PyTorch finds none here")
+        raise LowbitError(
+            "lowbit tune measures on a CUDA GPU, and PyTorch finds none here; for the CPU: lowbit tune-cpu"
+        )
     gpu = torch.cuda.get_device_name()
     say = cli.console(args).print
-    out = args.out or str(tuned.default_path(gpu))
-    choices, times = [], []
-    for bits in cli.track(args.bits, "bit widths"):
-        for bucket, most in enumerate(BUCKETS):
-            rows = most or _LARGE
-            found = sorted(measure(bits, bucket, rows, say), key=lambda f: f[0])
-            seconds, route, config = found[0]
-            triton = next((f[2] for f in found if f[1] == "triton"), config)
-            choices.append(tuned.choice(bits, bucket, route, triton))
-            times.append({"bits": bits, "rows": rows, "us": {f"{r} {c}": s * 1e6 for s, r, c in found}})
-            say(f"{bits} bits, up to {most or 'any number of'} rows: {route}, {seconds * 1e6:.1f} us")
-    result = {"gpu": gpu, "shape": list(_SIZE), "choices": choices, "measured": times}
-    write_json(out, result)
-    say(f"wrote {out}")
-    return result
+    path = Path(args.out) if args.out else tuning.chosen_path(tuned.VARIABLE) or tuned.default_path(gpu)
+    with tuning.locked(path):
+        choices = tuned.read(path, gpu) if path.exists() and not args.force else {}
+        times: list[dict[str, Any]] = []
+        for bits in cli.track([b for b in args.bits if (b, 0) not in choices], "bit widths"):
+            for bucket, most in enumerate(BUCKETS):
+                rows = most or _LARGE
+                found = sorted(measure(bits, bucket, rows, say), key=lambda f: f[0])
+                if not found:
+                    raise LowbitError(f"no kernel of {bits} bits runs here with {rows} rows")
+                choices[bits, bucket] = best(found)
+                times.append({"bits": bits, "rows": rows, "us": {f"{r} {c}": s * 1e6 for s, r, c in found}})
+                named = f"up to {most} rows" if most else "more rows"
+                say(f"{bits} bits, {named}: {found[0][1]}, {found[0][0] * 1e6:.1f} us")
+            tuned.write(path, gpu, choices, times)  # after each width: what is measured is kept
+    say(f"kept in {path}", soft_wrap=True)
+    return {"path": str(path), "gpu": gpu, "shape": list(_SIZE), "measured": times}
+
+
+def best(found: Sequence[tuple[float, str, Any]]) -> tuple[str, Any]:
+    """The fastest route and the tiles of the fastest Triton kernel, of (seconds, route, tiles) by rising seconds."""
+    return found[0][1], next((tiles for _, route, tiles in found if route == "triton"), found[0][2])
 
 
 def candidates(bits: int, bucket: int, rows: int) -> Iterator[tuple[str, Any]]:

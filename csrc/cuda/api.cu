@@ -4,33 +4,43 @@
 
 namespace lowbit::gpu {
 
-void linear(const Linear& call, void* stream) {
+void linear(const Linear& call, Queue queue) {
   if (call.tile_m <= 16) {
-    call.bf16 ? launch_gemv<Bf16>(call, stream) : launch_gemv<Fp16>(call, stream);
+    call.bf16 ? launch_gemv<Bf16>(call, queue) : launch_gemv<Fp16>(call, queue);
   } else {
-    call.bf16 ? launch_gemm<Bf16>(call, stream) : launch_gemm<Fp16>(call, stream);
+    call.bf16 ? launch_gemm<Bf16>(call, queue) : launch_gemm<Fp16>(call, queue);
   }
 }
 
-void rows(const Weight& w, const void* ids, int64_t count, void* out, void* stream) {
+void rows(const Weight& w, const void* ids, int64_t count, void* out, Queue queue) {
   const RowsArgs p = rows_args(w, ids, count, out);
-  launch<&rows_kernel<kRowsThreads>>(dim3(static_cast<unsigned>(count)), kRowsThreads, 0, stream, p, "rows");
+  launch<&rows_kernel<kRowsThreads>>(dim3(static_cast<unsigned>(count)), kRowsThreads, 0, queue, p, false,
+                                     "rows");
 }
 
 template <class T>
-void launch_panel(const Weight& w, int first_row, int count, void* out, void* stream) {
+void launch_panel(const Weight& w, int first_row, int count, void* out, Queue queue) {
   const PanelArgs p = panel_args<T>(w, first_row, count, out);
   with_format(w, [&](auto bits, auto lookup) {
     constexpr int kBits = decltype(bits)::value;
     constexpr bool kLookup = decltype(lookup)::value;
     launch<&panel_kernel<kBits, kLookup, T>>(dim3(ceil_div(p.units, kPanelThreads / 32)), kPanelThreads, 0,
-                                             stream, p, "panel");
+                                             queue, p, false, "panel");
   });
 }
 
-void panel(const Weight& w, bool bf16, int first_row, int count, void* out, void* stream) {
-  bf16 ? launch_panel<Bf16>(w, first_row, count, out, stream)
-       : launch_panel<Fp16>(w, first_row, count, out, stream);
+void panel(const Weight& w, bool bf16, int first_row, int count, void* out, Queue queue) {
+  bf16 ? launch_panel<Bf16>(w, first_row, count, out, queue)
+       : launch_panel<Fp16>(w, first_row, count, out, queue);
+}
+
+uint64_t recording(Queue queue) {
+  const DeviceGuard guard(queue.device);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(queue.stream), &status, &id),
+        "cudaStreamGetCaptureInfo");
+  return status == cudaStreamCaptureStatusNone ? 0 : id;
 }
 
 }  // namespace lowbit::gpu

@@ -21,12 +21,22 @@ struct Linear {
   int64_t x_stride, y_stride;
   int m, splits, activation;
   bool bf16, y_fp32;
+  bool early;  // may start before the kernel before it in its stream has ended (sm_90)
   int tile_m;  // rows of x a block: 16 or less is the GEMV, 32, 64 and 128 are tiles of the GEMM
 };
 
-// These enqueue one kernel each on `stream`; std::runtime_error with CUDA's reason where that fails.
-void linear(const Linear& call, void* stream);
-void rows(const Weight& w, const void* ids, int64_t count, void* out, void* stream);
-void panel(const Weight& w, bool bf16, int first_row, int rows, void* out, void* stream);
+// Where kernels are enqueued: a device's number and one of its streams.
+struct Queue {
+  int device;
+  void* stream;
+};
+
+// These enqueue one kernel each; std::runtime_error with CUDA's reason where that fails.
+void linear(const Linear& call, Queue queue);
+void rows(const Weight& w, const void* ids, int64_t count, void* out, Queue queue);
+void panel(const Weight& w, bool bf16, int first_row, int rows, void* out, Queue queue);
+
+// The number of the graph that is being recorded on the stream, 0 where none is: unique in a process.
+uint64_t recording(Queue queue);
 
 }  // namespace lowbit::gpu

@@ -36,27 +36,37 @@ PYBIND11_MODULE(_CUDA, m) {
   m.def(
       "linear",
       [](const Weight& w, std::uintptr_t x, int64_t x_stride, int rows, bool bf16, std::uintptr_t bias,
-         std::uintptr_t residual, int activation, std::uintptr_t y, int64_t y_stride, bool y_fp32, int tile_m,
-         int splits, std::uintptr_t partial, std::uintptr_t arrived, std::uintptr_t stream) {
+         std::uintptr_t residual, int activation, std::uintptr_t y, int64_t y_stride, bool y_fp32, bool early,
+         int tile_m, int splits, std::uintptr_t partial, std::uintptr_t arrived, int device,
+         std::uintptr_t stream) {
         py::gil_scoped_release release;
         const Linear call{
             w,        read(x), read(bias), read(residual), write(y), write(partial), write(arrived), x_stride,
-            y_stride, rows,    splits,     activation,     bf16,     y_fp32,         tile_m};
-        linear(call, write(stream));
+            y_stride, rows,    splits,     activation,     bf16,     y_fp32,         early,          tile_m};
+        linear(call, Queue{device, write(stream)});
       },
       "y = residual + activation(x W^T + bias)");
   m.def(
       "rows",
-      [](const Weight& w, std::uintptr_t ids, int64_t count, std::uintptr_t out, std::uintptr_t stream) {
+      [](const Weight& w, std::uintptr_t ids, int64_t count, std::uintptr_t out, int device,
+         std::uintptr_t stream) {
         py::gil_scoped_release release;
-        rows(w, read(ids), count, write(out), write(stream));
+        rows(w, read(ids), count, write(out), Queue{device, write(stream)});
       },
       "fp32 rows of W");
   m.def(
       "panel",
-      [](const Weight& w, bool bf16, int first_row, int count, std::uintptr_t out, std::uintptr_t stream) {
+      [](const Weight& w, bool bf16, int first_row, int count, std::uintptr_t out, int device,
+         std::uintptr_t stream) {
         py::gil_scoped_release release;
-        panel(w, bf16, first_row, count, write(out), write(stream));
+        panel(w, bf16, first_row, count, write(out), Queue{device, write(stream)});
       },
       "dense rows [first_row, first_row + count) of W, multiples of 64, inputs padded to 64");
+  m.def(
+      "recording",
+      [](int device, std::uintptr_t stream) {
+        py::gil_scoped_release release;
+        return recording(Queue{device, write(stream)});
+      },
+      "number of the graph that is being recorded on a stream, or 0");
 }

@@ -18,24 +18,37 @@ LOWBIT_DEVICE char* shared_memory() {
   return memory;
 }
 
+// Programmatic dependent launch (CUDA programming guide): from sm_90 on a kernel may start while the one before it in
+// its stream still runs, once all blocks of that one have called let_next_start(). Until wait_for_previous() returns,
+// nothing that it writes may be read, and nothing that it reads written; prefetching to L2 does neither.
+LOWBIT_DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+LOWBIT_DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+LOWBIT_DEVICE void prefetch_l2(const Vec4* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// None of these takes the read-only path (ld.global.nc), whose loads ptxas moves before wait_for_previous().
 // Weights: read once, so they should not push activations out of L1.
 LOWBIT_DEVICE Vec4 load_stream(const Vec4* p) {
   Vec4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x[0]), "=r"(v.x[1]), "=r"(v.x[2]), "=r"(v.x[3])
                : "l"(p));
   return v;
 }
-
-LOWBIT_DEVICE Vec4 load_global(const Vec4* p) {
-  const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
-  return {v.x, v.y, v.z, v.w};
+template <class V>
+LOWBIT_DEVICE V load_global(const V* p) {
+  return *p;
 }
-LOWBIT_DEVICE uint16_t load_global(const uint16_t* p) { return __ldg(p); }
-LOWBIT_DEVICE uint32_t load_global(const uint32_t* p) { return __ldg(p); }
-LOWBIT_DEVICE float load_global(const float* p) { return __ldg(p); }
-LOWBIT_DEVICE int64_t load_global(const int64_t* p) {
-  return static_cast<int64_t>(__ldg(reinterpret_cast<const long long*>(p)));
+LOWBIT_DEVICE Vec4 load_global(const Vec4* p) {
+  const uint4 v = *reinterpret_cast<const uint4*>(p);
+  return {v.x, v.y, v.z, v.w};
 }
 
 // Through L2: what other blocks of this launch wrote, or what this thread overwrites.
@@ -78,17 +91,19 @@ LOWBIT_DEVICE void wait_copies() {
 
 // d[16, 8] += a[16, 16] b[16, 8], fp32 sums. Lane 4g + t holds a: rows g, g + 8 x columns 2t.., 2t + 8..; b: rows 2t..,
 // 2t + 8.. of column g; d: rows g (0, 1), g + 8 (2, 3) x columns 2t, 2t + 1 (PTX ISA, mma.m16n8k16).
-LOWBIT_DEVICE void mma(Fp16, float (&d)[4], const uint32_t* a, const uint32_t* b) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#define LOWBIT_MMA(type)                                                     \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+template <class T>
+LOWBIT_DEVICE void mma(T, float (&d)[4], const uint32_t* a, const uint32_t* b) {
+  if constexpr (std::is_same_v<T, Fp16>) {
+    LOWBIT_MMA("f16");
+  } else {
+    LOWBIT_MMA("bf16");
+  }
 }
-LOWBIT_DEVICE void mma(Bf16, float (&d)[4], const uint32_t* a, const uint32_t* b) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+#undef LOWBIT_MMA
 
 }  // namespace lowbit::gpu

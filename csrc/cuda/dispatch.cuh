@@ -43,16 +43,19 @@ void with_format(const Weight& w, const F& f) {
 
 // The tiles of the GEMM by rows of x. Where scales are grouped the sums of a group are folded into a second set: the
 // largest tile then has more warps with half as many outputs each.
+template <int kBits, bool kLookup, class T, bool kGrouped, int kTileM>
+using GemmTile = std::conditional_t<
+    kTileM == 32, GemmShape<kBits, kLookup, T, kGrouped, 2, 4, 4, 1, 4, 3>,
+    std::conditional_t<kTileM == 64, GemmShape<kBits, kLookup, T, kGrouped, 2, 8, 4, 1, 4, 2>,
+                       std::conditional_t<kGrouped, GemmShape<kBits, kLookup, T, kGrouped, 2, 8, 4, 2, 3, 1>,
+                                          GemmShape<kBits, kLookup, T, kGrouped, 4, 8, 2, 2, 3, 2>>>>;
+
 template <int kBits, bool kLookup, class T, bool kGrouped, class F>
 void with_gemm_tile(int tile_m, const F& f) {
-  if (tile_m == 32) return f(GemmShape<kBits, kLookup, T, kGrouped, 2, 4, 4, 1, 4, 3>{});
-  if (tile_m == 64) return f(GemmShape<kBits, kLookup, T, kGrouped, 2, 8, 4, 1, 4, 2>{});
+  if (tile_m == 32) return f(GemmTile<kBits, kLookup, T, kGrouped, 32>{});
+  if (tile_m == 64) return f(GemmTile<kBits, kLookup, T, kGrouped, 64>{});
   if (tile_m != 128) throw std::runtime_error("a GEMM tile has 32, 64 or 128 rows");
-  if constexpr (kGrouped) {
-    f(GemmShape<kBits, kLookup, T, true, 2, 8, 4, 2, 3, 1>{});
-  } else {
-    f(GemmShape<kBits, kLookup, T, false, 4, 8, 2, 2, 3, 2>{});
-  }
+  f(GemmTile<kBits, kLookup, T, kGrouped, 128>{});
 }
 
 inline bool grouped(const Weight& w) { return w.group < w.k; }

@@ -39,6 +39,16 @@ LOWBIT_DEVICE float activate(float v, Activation activation) {
   return v;
 }
 
+// A warp's sums of 16 outputs x 8 rows of x, as mma leaves them, times the factors of outputs g and g + 8, to
+// shared [rows][pitch] from (row, column) on.
+LOWBIT_DEVICE void store_fragment(float* shared, int pitch, int row, int column, const float (&sums)[4],
+                                  const float (&by)[2]) {
+  const int lane = thread_index() % 32;
+  float* at = shared + (row + lane % 4 * 2) * pitch + column + lane / 4;
+  LOWBIT_UNROLL
+  for (int r = 0; r < 4; ++r) store_shared(at + r % 2 * pitch + r / 2 * 8, sums[r] * by[r / 2]);
+}
+
 // One element of y from its finished sum.
 template <class T>
 LOWBIT_DEVICE void finish(const Args& p, int row, int column, float sum) {

@@ -42,6 +42,7 @@ void keep_counts(const simt::Machine& m) {
 template <class T>
 void run_linear(simt::Machine& machine, const Linear& call) {
   const Args p = args_of<T>(call);
+  machine.early = true;
   if (call.tile_m <= 16) {
     with_gemv_shape<T>(call, [&](auto shape) {
       using S = decltype(shape);

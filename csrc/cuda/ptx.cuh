@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define LOWBIT_HD __host__ __device__ __forceinline__
@@ -79,44 +80,34 @@ LOWBIT_HD float as_float(uint32_t bits) {
 }
 
 // a * b + c on two packed 16-bit floats, rounded once.
-LOWBIT_HD uint32_t fma2(Fp16, uint32_t a, uint32_t b, uint32_t c) {
+template <class T>
+LOWBIT_HD uint32_t fma2([[maybe_unused]] T type, uint32_t a, uint32_t b, uint32_t c) {
 #ifdef __CUDA_ARCH__
   uint32_t d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  if constexpr (std::is_same_v<T, Fp16>) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  }
   return d;
 #else
-  return portable_fma2(Fp16{}, a, b, c);
-#endif
-}
-
-LOWBIT_HD uint32_t fma2(Bf16, uint32_t a, uint32_t b, uint32_t c) {
-#ifdef __CUDA_ARCH__
-  uint32_t d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-#else
-  return portable_fma2(Bf16{}, a, b, c);
+  return portable_fma2(type, a, b, c);
 #endif
 }
 
 // Two floats to packed 16-bit floats, round to nearest even.
-LOWBIT_HD uint32_t pack2(Fp16, float low, float high) {
+template <class T>
+LOWBIT_HD uint32_t pack2([[maybe_unused]] T type, float low, float high) {
 #ifdef __CUDA_ARCH__
   uint32_t d;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  if constexpr (std::is_same_v<T, Fp16>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  }
   return d;
 #else
-  return pack_portable(Fp16{}, low, high);
-#endif
-}
-
-LOWBIT_HD uint32_t pack2(Bf16, float low, float high) {
-#ifdef __CUDA_ARCH__
-  uint32_t d;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-#else
-  return pack_portable(Bf16{}, low, high);
+  return pack_portable(type, low, high);
 #endif
 }
 

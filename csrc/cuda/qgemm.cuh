@@ -109,6 +109,15 @@ LOWBIT_DEVICE void multiply_chunk(const Vec4* stage, const Codebook& book, int w
   }
 }
 
+// Scales of a lane's outputs g and g + 8 from n on; 0 past the padded outputs.
+LOWBIT_DEVICE void read_scales(const Args& p, int64_t group, int n, float (&scale)[2]) {
+  LOWBIT_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const int at = n + 8 * r + thread_index() % 32 / 4;
+    scale[r] = at < p.n_padded ? widen(Fp16{}, load_global(p.scales + group * p.n_padded + at)) : 0.0f;
+  }
+}
+
 // total += scale * sums of the group that `chunk` belongs to; sums = 0.
 template <class S>
 LOWBIT_DEVICE void fold(const Args& p, int chunk, int n_first, float (&sums)[S::kTilesN][S::kTilesM][4],
@@ -117,11 +126,7 @@ LOWBIT_DEVICE void fold(const Args& p, int chunk, int n_first, float (&sums)[S::
   LOWBIT_UNROLL
   for (int i = 0; i < S::kTilesN; ++i) {
     float scale[2];
-    LOWBIT_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const int n = n_first + i * kTile + 8 * r + thread_index() % 32 / 4;
-      scale[r] = n < p.n_padded ? widen(Fp16{}, load_global(p.scales + group * p.n_padded + n)) : 0.0f;
-    }
+    read_scales(p, group, n_first + i * kTile, scale);
     LOWBIT_UNROLL
     for (int j = 0; j < S::kTilesM; ++j) {
       LOWBIT_UNROLL
@@ -137,7 +142,7 @@ LOWBIT_DEVICE void fold(const Args& p, int chunk, int n_first, float (&sums)[S::
 template <class S>
 LOWBIT_KERNEL(S::kThreads, S::kBlocks)
 qgemm_kernel(LOWBIT_PARAM Args p) {
-  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  const int warp = thread_index() / 32;
   const int warp_n = warp % S::kWarpsN, warp_m = warp / S::kWarpsN;
   const int tiles_m = (p.m + S::kMaxM - 1) / S::kMaxM, tiles_n = (p.n_padded + S::kRows - 1) / S::kRows;
   const Tile tile = tile_of(block_x(), tiles_m, tiles_n);
@@ -147,6 +152,8 @@ qgemm_kernel(LOWBIT_PARAM Args p) {
   Vec4* stages = reinterpret_cast<Vec4*>(shared_memory());
   constexpr int kStageUnits = S::kUnitsX + S::kUnitsW;
 
+  let_next_start();
+  wait_for_previous();
   LOWBIT_UNROLL
   for (int s = 0; s < S::kStages - 1; ++s) {
     if (begin + s < end) copy_stage<S>(p, tile, begin + s, stages + s * kStageUnits);
@@ -167,33 +174,18 @@ qgemm_kernel(LOWBIT_PARAM Args p) {
     }
     slot = slot + 1 == S::kStages ? 0 : slot + 1;
   }
-  if constexpr (!S::kGrouped) {
-    LOWBIT_UNROLL
-    for (int i = 0; i < S::kTilesN; ++i) {
-      LOWBIT_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        const int n = n_first + i * kTile + r / 2 * 8 + lane / 4;
-        const float scale = n < p.n_padded ? widen(Fp16{}, load_global(p.scales + n)) : 0.0f;
-        LOWBIT_UNROLL
-        for (int j = 0; j < S::kTilesM; ++j) sums[i][j][r] *= scale;
-      }
-    }
-  }
-
   wait_copies<0>();
   barrier();  // the stages become the place of the sums
   float* shared = reinterpret_cast<float*>(stages);
   LOWBIT_UNROLL
   for (int i = 0; i < S::kTilesN; ++i) {
+    float by[2] = {1.0f, 1.0f};
+    if constexpr (!S::kGrouped) read_scales(p, 0, n_first + i * kTile, by);
     LOWBIT_UNROLL
     for (int j = 0; j < S::kTilesM; ++j) {
-      LOWBIT_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        const int row = (warp_m * S::kTilesM + j) * 8 + lane % 4 * 2 + r % 2;
-        const int column = (warp_n * S::kTilesN + i) * kTile + r / 2 * 8 + lane / 4;
-        store_shared(shared + row * S::kPitch + column,
-                     S::kGrouped ? total[S::kGrouped ? i : 0][j][r] : sums[i][j][r]);
-      }
+      const int row = (warp_m * S::kTilesM + j) * 8, column = (warp_n * S::kTilesN + i) * kTile;
+      store_fragment(shared, S::kPitch, row, column, S::kGrouped ? total[S::kGrouped ? i : 0][j] : sums[i][j],
+                     by);
     }
   }
   barrier();

@@ -70,6 +70,13 @@ LOWBIT_DEVICE GemvCursor<S> cursor_at(const Args& p, int chunk) {
   return at;
 }
 
+// Vector `i` of the weights of the chunk `ahead`.
+template <class S>
+LOWBIT_DEVICE const Vec4* weights_at(const GemvCursor<S>& at, int ahead, int i) {
+  constexpr int kPer = vectors(S::kBits);
+  return at.w + int64_t{i / kPer} * at.w_stride + (ahead * kPer + i % kPer) * 32;
+}
+
 template <class S>
 LOWBIT_DEVICE void load_scales(const uint16_t* from, uint16_t (&scale)[S::kTiles][2]) {
   LOWBIT_UNROLL
@@ -82,11 +89,8 @@ LOWBIT_DEVICE void load_scales(const uint16_t* from, uint16_t (&scale)[S::kTiles
 // The chunk `ahead` of the cursor, zeros for activations past the end.
 template <class S>
 LOWBIT_DEVICE void load_stage(const Args& p, GemvCursor<S>& at, int ahead, GemvStage<S>& stage) {
-  constexpr int kPer = vectors(S::kBits);
   LOWBIT_UNROLL
-  for (int i = 0; i < S::kLoads; ++i) {
-    stage.w[i] = load_stream(at.w + int64_t{i / kPer} * at.w_stride + (ahead * kPer + i % kPer) * 32);
-  }
+  for (int i = 0; i < S::kLoads; ++i) stage.w[i] = load_stream(weights_at<S>(at, ahead, i));
   LOWBIT_UNROLL
   for (int j = 0; j < S::kColumns; ++j) {
     LOWBIT_UNROLL
@@ -163,7 +167,7 @@ LOWBIT_DEVICE void multiply_stage(const Args& p, const GemvStage<S>& stage,
 template <class S>
 LOWBIT_KERNEL(S::kThreads, S::kBlocks)
 qgemv_kernel(LOWBIT_PARAM Args p) {
-  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  const int warp = thread_index() / 32;
   const int splits = grid_y(), parts = splits * S::kWarps, part = block_y() * S::kWarps + warp;
   const int end = part_start(p.chunks, part + 1, parts);
   int chunk = part_start(p.chunks, part, parts);
@@ -171,6 +175,16 @@ qgemv_kernel(LOWBIT_PARAM Args p) {
   float total[S::kTiles][S::kColumns][4] = {};
   uint16_t scale[S::kTiles][2];
   GemvCursor<S> at = cursor_at<S>(p, chunk);
+  // The weights do not depend on the kernel before: the first ones come to L2 while it ends.
+  let_next_start();
+  LOWBIT_UNROLL
+  for (int d = 0; d < S::kDepth; ++d) {
+    LOWBIT_UNROLL
+    for (int i = 0; i < S::kLoads; ++i) {
+      if (chunk + d < end) prefetch_l2(weights_at<S>(at, d, i));
+    }
+  }
+  wait_for_previous();
   if constexpr (!S::kGrouped) load_scales<S>(at.scale, scale);
   GemvStage<S> stage[S::kDepth];
   LOWBIT_UNROLL
@@ -191,14 +205,11 @@ qgemv_kernel(LOWBIT_PARAM Args p) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   LOWBIT_UNROLL
   for (int i = 0; i < S::kTiles; ++i) {
+    const float by[2] = {S::kGrouped ? 1.0f : widen(Fp16{}, scale[i][0]),
+                         S::kGrouped ? 1.0f : widen(Fp16{}, scale[i][1])};
     LOWBIT_UNROLL
     for (int j = 0; j < S::kColumns; ++j) {
-      LOWBIT_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        const int row = 8 * j + lane % 4 * 2 + r % 2, column = i * kTile + lane / 4 + r / 2 * 8;
-        const float by = S::kGrouped ? 1.0f : widen(Fp16{}, scale[i][r / 2]);
-        store_shared(shared + (warp * S::kMaxM + row) * S::kPitch + column, total[i][j][r] * by);
-      }
+      store_fragment(shared, S::kPitch, warp * S::kMaxM + 8 * j, i * kTile, total[i][j], by);
     }
   }
   barrier();

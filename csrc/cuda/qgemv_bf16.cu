@@ -1,3 +1,3 @@
 #include "launch.cuh"
 
-template void lowbit::gpu::launch_gemv<lowbit::gpu::Bf16>(const Linear&, void*);
+template void lowbit::gpu::launch_gemv<lowbit::gpu::Bf16>(const Linear&, Queue);

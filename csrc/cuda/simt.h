@@ -1,6 +1,6 @@
 // The names of device.cuh on a CPU: runs the kernels' own source, one block after the other, threads as fibers.
 //
-// What it checks while it runs: every global access lies inside a registered array; lanes of a warp meet at the same
+// What it checks while it runs: every global access lies inside a registered array, and follows wait_for_previous(); lanes of a warp meet at the same
 // mma; barriers are reached by all threads; asynchronous copies arrive only when they were waited for (until then the
 // target holds NaNs, as all shared memory does at the start); threads are resumed in an order that changes with the
 // seed, so that a missing barrier changes results. It counts shared-memory wavefronts of 16-byte accesses.
@@ -44,6 +44,7 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   State state = State::kReady;
   int index = 0;
+  bool waited = false;  // for the kernel before
   Mma mma{};
   std::vector<Copy> open;                // not committed
   std::deque<std::vector<Copy>> groups;  // committed, not waited for
@@ -82,7 +83,12 @@ class Machine {
     if (!error_.empty()) throw std::runtime_error(error_);
   }
 
+  // A global access: inside of an array, aligned, and not while the kernel before may still run.
   void check(const void* p, size_t bytes) {
+    if (early && !running->waited) return fail("access before the previous kernel's end");
+    check_extent(p, bytes);
+  }
+  void check_extent(const void* p, size_t bytes) {
     const char* at = static_cast<const char*>(p);
     for (const Range& r : arrays_) {
       if (at >= r.begin && at + bytes <= r.end) {
@@ -112,6 +118,7 @@ class Machine {
 
   char* shared() { return reinterpret_cast<char*>(shared_.data()); }
 
+  bool early = false;  // the kernel is launched before the previous one has ended
   Thread* running = nullptr;
   int block[2] = {}, grid[2] = {};
   int64_t wavefronts = 0,
@@ -133,7 +140,7 @@ class Machine {
     for (int i = 0; i < threads; ++i) {
       Thread& t = threads_[i];
       if (!t.stack) t.stack = std::make_unique<char[]>(kStack);
-      t.state = State::kReady, t.index = i;
+      t.state = State::kReady, t.index = i, t.waited = false;
       t.open.clear(), t.groups.clear(), t.accesses.clear();
       getcontext(&t.context);
       t.context.uc_stack.ss_sp = t.stack.get();
@@ -256,6 +263,9 @@ V load_global(const V* p) {
   return *p;
 }
 inline Vec4 load_stream(const Vec4* p) { return load_global(p); }
+inline void prefetch_l2(const Vec4* p) { simt::machine().check_extent(p, sizeof(Vec4)); }
+inline void let_next_start() {}
+inline void wait_for_previous() { simt::machine().running->waited = true; }
 template <class V>
 V load_coherent(const V* p) {
   return load_global(p);
