@@ -64,9 +64,9 @@ void test_rotate(const RowOps& ops, int64_t half, Errors& errors) {
   fill(cos, half, 1);
   fill(sin, half, 1);
   const std::vector<float> before(x.data(), x.data() + 2 * half);
-  ops.rotate(x.data(), cos.data(), sin.data(), half, 0.5f, x.data());
+  ops.rotate(x.data(), cos.data(), sin.data(), half, x.data());
   for (int64_t i = 0; i < half; ++i) {
-    const double a = 0.5 * before[static_cast<size_t>(i)], b = 0.5 * before[static_cast<size_t>(i + half)];
+    const double a = before[static_cast<size_t>(i)], b = before[static_cast<size_t>(i + half)];
     errors.add(x[i], a * cos[i] - b * sin[i], 1e-6);
     errors.add(x[i + half], b * cos[i] + a * sin[i], 1e-6);
   }
@@ -94,6 +94,31 @@ void test_attention(const RowOps& ops, int64_t dim, int64_t count, Errors& error
   ops.attend({q.data(), slots.data(), count, dim, 0, dim}, scores.data(), out.data());
   // Scores of up to sqrt(dim) lose 1e-6 or so to rounding, and weights as much.
   for (int64_t d = 0; d < dim; ++d) errors.add(out[d], expected[static_cast<size_t>(d)], 1e-5);
+}
+
+// Queries in lanes, each of which sees tokens of its own, give the bits that they give alone.
+void test_attention_together(const RowOps& ops, int64_t dim, int queries, int64_t count, Errors& errors) {
+  const int64_t padded = (dim + 15) / 16 * 16;
+  const Row q(queries * dim, false), cache(2 * dim * count, false), out(queries * dim, false);
+  const Row room((padded + count) * 16, true), scores((count + 15) / 16 * 16, false), alone(dim, false);
+  fill(q, queries * dim, 1);
+  fill(cache, 2 * dim * count, 1);
+  std::vector<const float*> slots;
+  std::vector<uint16_t> lanes;
+  for (int64_t j = 0; j < count; ++j) {
+    slots.push_back(cache.data() + 2 * dim * ((j * 7) % count));
+    lanes.push_back(static_cast<uint16_t>(j == 0 ? 0xFFFF : g_random() | 0xFFFFu << queries));
+  }
+  ops.attend_together({q.data(), dim, queries, 1, slots.data(), lanes.data(), count, dim, 0, dim}, room.data(),
+                      out.data());
+  for (int i = 0; i < queries; ++i) {
+    std::vector<const float*> seen;
+    for (int64_t j = 0; j < count; ++j)
+      if (lanes[static_cast<size_t>(j)] >> i & 1) seen.push_back(slots[static_cast<size_t>(j)]);
+    ops.attend({q.data() + i * dim, seen.data(), static_cast<int64_t>(seen.size()), dim, 0, dim}, scores.data(),
+               alone.data());
+    for (int64_t d = 0; d < dim; ++d) errors.add(out[i * dim + d], alone[d], 1e-12);
+  }
 }
 
 void test_softmax(const RowOps& ops, int64_t n, Errors& errors) {
@@ -128,6 +153,7 @@ bool test_rows() {
       test_rotate(ops, n, errors);
       test_softmax(ops, n, errors);
       for (const int64_t count : {1, 3, 4, 5, 16, 17, 50}) test_attention(ops, n, count, errors);
+      for (const int queries : {1, 5, 16}) test_attention_together(ops, n, queries, 3 * queries + 2, errors);
     }
     std::printf("%s rows: worst error %.2f of the tolerance\n", isa_name(isa), errors.worst);
     good = good && errors.worst <= 1;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <numeric>
 
 #include "parallel.h"
 
@@ -10,6 +11,7 @@ namespace lowbit {
 namespace {
 
 constexpr int64_t kWorthAForward = 32;  // nodes: fewer would leave the matrix kernels' panels empty
+constexpr int64_t kWorthTogether = 4;   // nodes: fewer would leave most lanes of attention empty
 
 // One team at a time: forwards of several callers that share the cores would only wait at each other's barriers.
 std::mutex g_team;
@@ -159,11 +161,16 @@ void Engine::score_batch(const ForestQuery& query, const Workspace& order, Range
   batch.target_count = requests;
   batch.log_probs = out;
   batch.seconds = seconds;
+  if (batch.nodes >= kWorthTogether) find_seen(batch.nodes, ws, batch);
   const Frame frame = lay_out_in(batch, threads, ws);
   // Slots in the very rows that the k and v products write.
-  ws.slots.resize(ws.path_nodes.size());
-  for (size_t i = 0; i < ws.slots.size(); ++i) ws.slots[i] = frame.k + ws.path_nodes[i] * frame.kv_stride;
-  batch.slots = ws.slots.data();
+  const auto slots_of = [&](const std::vector<int32_t>& rows, std::vector<float*>& slots) {
+    slots.resize(rows.size());
+    for (size_t i = 0; i < slots.size(); ++i) slots[i] = frame.k + rows[i] * frame.kv_stride;
+    return slots.data();
+  };
+  batch.slots = slots_of(ws.path_nodes, ws.slots);
+  batch.seen = slots_of(ws.seen_ids, ws.seen);
   batch.value_offset = frame.v - frame.k;
   run_team(batch, frame);
 }
@@ -195,6 +202,37 @@ void Engine::find_paths(const ForestQuery& query, Range nodes, Workspace& ws) {
   }
 }
 
+// For every block of nodes the tokens that they see, numbered as in path_nodes, in ascending order: from the roots on.
+void Engine::find_seen(int64_t tokens, Workspace& ws, Batch& batch) {
+  ws.mark.assign(static_cast<size_t>(tokens), 0);
+  ws.seen_first.assign(1, 0);
+  ws.seen_ids.clear();
+  ws.seen_by.clear();
+  for (int64_t begin = 0; begin < batch.nodes; begin += kTogether) {
+    const int64_t end = std::min(begin + kTogether, batch.nodes);
+    const auto nobody = static_cast<uint16_t>(0xFFFFu << (end - begin));
+    int32_t low = ws.path_nodes[ws.path[begin]], high = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t* path = ws.path_nodes.data() + ws.path[i];
+      const auto lane = static_cast<uint16_t>(1u << (i - begin));
+      for (int32_t j = 0; j <= ws.positions[i]; ++j) ws.mark[path[j]] |= lane;
+      low = std::min(low, path[0]);
+      high = std::max(high, path[ws.positions[i]]);
+    }
+    for (int32_t id = low; id <= high; ++id) {
+      if (ws.mark[id] == 0) continue;
+      ws.seen_ids.push_back(id);
+      ws.seen_by.push_back(ws.mark[id] | nobody);
+      ws.mark[id] = 0;
+    }
+    const auto count = static_cast<int64_t>(ws.seen_ids.size());
+    batch.most_seen = std::max(batch.most_seen, count - ws.seen_first.back());
+    ws.seen_first.push_back(count);
+  }
+  batch.seen_first = ws.seen_first.data();
+  batch.seen_by = ws.seen_by.data();
+}
+
 std::shared_ptr<KvNode> Engine::extend(std::shared_ptr<const KvNode> parent, const int32_t* tokens,
                                        int64_t count, float* all) {
   Lease lease(*this);
@@ -216,6 +254,14 @@ std::shared_ptr<KvNode> Engine::extend(std::shared_ptr<const KvNode> parent, con
   batch.positions = ws.positions.data();
   batch.path = ws.path.data();
   batch.slots = ws.slots.data();
+  if (count >= kWorthTogether) {
+    ws.path_nodes.resize(static_cast<size_t>(node->end));
+    std::iota(ws.path_nodes.begin(), ws.path_nodes.end(), 0);
+    find_seen(node->end, ws, batch);
+    ws.seen.clear();
+    for (const int32_t id : ws.seen_ids) ws.seen.push_back(ws.slots[id]);
+    batch.seen = ws.seen.data();
+  }
   batch.layer_stride = cache_->layer_stride();
   batch.value_offset = cache_->value_offset();
   batch.rows = 1;

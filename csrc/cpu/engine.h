@@ -50,8 +50,10 @@ class Engine {
     std::vector<Range> batches;
     std::vector<std::unique_ptr<Workspace>> members;        // for batches side by side
     std::vector<int32_t> positions, path_nodes, row_nodes;  // of one forward
-    std::vector<int64_t> path;
-    std::vector<float*> slots;
+    std::vector<int64_t> path, seen_first;
+    std::vector<int32_t> seen_ids;  // tokens by the numbers that path_nodes has
+    std::vector<uint16_t> seen_by, mark;
+    std::vector<float*> slots, seen;
     std::vector<Target> targets;
     Block memory;
   };
@@ -63,6 +65,7 @@ class Engine {
   void score_batch(const ForestQuery& query, const Workspace& order, Range nodes, int threads, Workspace& ws,
                    float* out, double* seconds = nullptr) const;
   static void find_paths(const ForestQuery& query, Range nodes, Workspace& ws);
+  static void find_seen(int64_t tokens, Workspace& ws, Batch& batch);
   Frame lay_out_in(const Batch& batch, int threads, Workspace& ws) const;
   void run_team(const Batch& batch, const Frame& frame) const;
 

@@ -83,8 +83,10 @@ Frame lay_out(const Model& m, const Batch& batch, int threads, Bump& memory) {
     const bool all = batch.all != nullptr;
     each(f.logits_share, all ? f.parts * kPart : rows * f.stripe * kPart, all ? 1 : f.threads, f.each_logits);
   }
-  const int64_t scores = round_up(m.max_len, 16), parts = 2 * round_up(f.parts, 16);
-  each(f.scores_share, scores > parts ? scores : parts, f.threads, f.each_scores);
+  int64_t room = 2 * round_up(f.parts, 16);
+  for (const int64_t n : {round_up(m.max_len, 16), HeadBlock::room(batch.most_seen, m.head_dim())})
+    room = n > room ? n : room;
+  each(f.scores_share, room, f.threads, f.each_scores);
   return f;
 }
 

@@ -58,6 +58,13 @@ struct Batch {
   float* const* slots = nullptr;
   int64_t layer_stride = 0, value_offset = 0;
 
+  // Null, or for nodes [16 b, 16 b + 16) the slots [seen_first[b], seen_first[b + 1]) that any of them sees, from the
+  // roots on; bit i of seen_by says whether node 16 b + i sees one. All bits without a node are set.
+  const int64_t* seen_first = nullptr;
+  float* const* seen = nullptr;
+  const uint16_t* seen_by = nullptr;
+  int64_t most_seen = 0;  // by one block
+
   int64_t rows = 0;  // of output
   const int32_t* row_nodes =
       nullptr;                      // ascending; without nodes `hidden` already holds the output of one row
@@ -74,7 +81,9 @@ struct Batch {
 
 // Outputs whose maximum and sum are taken together. A constant, so that log P of a token is the same number in any
 // batch and on any number of threads.
-constexpr int64_t kPart = 128;
+constexpr int64_t kPart = 256;
+
+constexpr int64_t kTogether = 16;  // nodes of a block of attention
 
 // How a forward is divided, and its memory. Pointers named each_* hold one piece a member of the team.
 struct Frame {
@@ -94,7 +103,7 @@ struct Frame {
   float *lse, *target_logits;    // [rows], [targets]
   float* each_row;               // [max(D, F)]
   float* each_dense;             // exact: the rows that the next product reads; shared unless redundant
-  float* each_scores;            // [max_len], and room to combine parts
+  float* each_scores;            // room for attention, and to combine parts
   float* each_logits;            // [rows, stripe * kPart]; [V], shared, where all are wanted
   uint8_t* each_activations[3];  // of up to three forms (q, k and v); shared unless redundant
   uint8_t* each_scratch;         // of the kernels

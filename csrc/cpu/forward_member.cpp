@@ -91,7 +91,7 @@ void Member::attention(size_t layer) {
   const int groups = team_.size / columns;
   const bool idle = team_.rank >= columns * groups;
   const Range heads = share(model_.heads, 1, {team_.rank % columns, columns});
-  const Range nodes = share(n, 1, {team_.rank / columns, groups});
+  const Range nodes = share(n, batch_.seen_first == nullptr ? 1 : kTogether, {team_.rank / columns, groups});
   if (!idle) keep_keys(layer, nodes, heads);
   if (groups > 1) wait();
   if (!idle) attend_heads(layer, nodes, heads);
@@ -107,18 +107,17 @@ void Member::attention(size_t layer) {
 
 // Rotates the new keys, and puts keys and values where the slots say.
 void Member::keep_keys(size_t layer, Range nodes, Range heads) {
-  const int64_t dim = model_.head_dim(), half = dim / 2;
+  const int64_t dim = model_.head_dim();
   const size_t bytes = static_cast<size_t>(dim) * sizeof(float);
   for (int64_t m = nodes.begin; m < nodes.end; ++m) {
     const int64_t position = batch_.positions[m];
     float* slot = batch_.slots[batch_.path[m] + position] + static_cast<int64_t>(layer) * batch_.layer_stride;
-    const float* cos = model_.positions + position * half;
     for (int64_t h = heads.begin; h < heads.end; ++h) {
       const float *k = frame_.k + m * frame_.kv_stride + h * dim,
                   *v = frame_.v + m * frame_.kv_stride + h * dim;
       float *key = slot + h * dim, *value = key + batch_.value_offset;
       if (model_.rotary) {
-        ops_.rotate(k, cos, cos + model_.max_len * half, half, 1.0f, key);
+        rotate(position, k, key);
       } else if (key != k) {
         std::memcpy(key, k, bytes);
       }
@@ -128,29 +127,53 @@ void Member::keep_keys(size_t layer, Range nodes, Range heads) {
 }
 
 void Member::attend_heads(size_t layer, Range nodes, Range heads) {
-  const int64_t dim = model_.head_dim(), half = dim / 2;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  HeadQuery query;
-  query.dim = dim;
-  for (int64_t h = heads.begin; h < heads.end;
-       ++h) {  // outside: a head's keys stay in L1 for the nodes of a chain
-    query.key = static_cast<int64_t>(layer) * batch_.layer_stride + h * dim;
-    query.value = query.key + batch_.value_offset;
-    for (int64_t m = nodes.begin; m < nodes.end; ++m) {
-      const int64_t position = batch_.positions[m];
-      float* q = frame_.q + m * model_.d + h * dim;
-      if (model_.rotary) {
-        const float* cos = model_.positions + position * half;
-        ops_.rotate(q, cos, cos + model_.max_len * half, half, scale, q);
-      } else {
-        ops_.scale_add(q, scale, nullptr, dim);
-      }
-      query.q = q;
-      query.slots = batch_.slots + batch_.path[m];
-      query.count = position + 1;
-      ops_.attend(query, scores_, q);
+  HeadQuery head;
+  head.dim = model_.head_dim();
+  const bool together = batch_.seen_first != nullptr;
+  for (int64_t h = heads.begin; h < heads.end; ++h) {  // outside: a head's keys stay near for all nodes of a tree
+    head.key = static_cast<int64_t>(layer) * batch_.layer_stride + h * head.dim;
+    head.value = head.key + batch_.value_offset;
+    for (int64_t m = nodes.begin; m < nodes.end; m += together ? kTogether : 1) {
+      float* q = frame_.q + m * model_.d + h * head.dim;
+      together ? attend_block(head, m, q) : attend_node(head, m, q);
     }
   }
+}
+
+void Member::attend_node(const HeadQuery& head, int64_t node, float* q) {
+  const int64_t position = batch_.positions[node];
+  HeadQuery query = head;
+  if (model_.rotary) rotate(position, q, q);
+  ops_.scale_add(q, 1.0f / std::sqrt(static_cast<float>(head.dim)), nullptr, head.dim);
+  query.q = q;
+  query.slots = batch_.slots + batch_.path[node];
+  query.count = position + 1;
+  ops_.attend(query, scores_, q);
+}
+
+void Member::attend_block(const HeadQuery& head, int64_t first, float* q) {
+  const int64_t left = batch_.nodes - first, at = first / kTogether, begin = batch_.seen_first[at];
+  HeadBlock block;
+  block.q = q;
+  block.q_stride = model_.d;
+  block.queries = static_cast<int>(left < kTogether ? left : kTogether);
+  block.scale = 1.0f / std::sqrt(static_cast<float>(head.dim));
+  block.slots = batch_.seen + begin;
+  block.lanes = batch_.seen_by + begin;
+  block.count = batch_.seen_first[at + 1] - begin;
+  block.dim = head.dim;
+  block.key = head.key;
+  block.value = head.value;
+  for (int i = 0; model_.rotary && i < block.queries; ++i)
+    rotate(batch_.positions[first + i], q + i * model_.d, q + i * model_.d);
+  ops_.attend_together(block, scores_, q);
+}
+
+// One head of a query or key at a position.
+void Member::rotate(int64_t position, const float* x, float* out) const {
+  const int64_t half = model_.head_dim() / 2;
+  const float* cos = model_.positions + position * half;
+  ops_.rotate(x, cos, cos + model_.max_len * half, half, out);
 }
 
 void Member::mlp(size_t layer) {

@@ -37,6 +37,9 @@ class Member {
   void enter_layer(size_t layer, int64_t node);
   void keep_keys(size_t layer, Range nodes, Range heads);
   void attend_heads(size_t layer, Range nodes, Range heads);
+  void rotate(int64_t position, const float* x, float* out) const;
+  void attend_node(const HeadQuery& head, int64_t node, float* q);
+  void attend_block(const HeadQuery& head, int64_t first, float* q);
 
   const float* final_row(int64_t row, float* room);
   void reduce_stripe(Product& p, int64_t first, int64_t last);

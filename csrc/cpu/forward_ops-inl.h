@@ -113,11 +113,9 @@ void subtract(const float* x, float by, int64_t n, float* out) {
 }
 
 template <class S>
-void rotate(const float* x, const float* cos, const float* sin, int64_t half, float scale, float* out) {
+void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
   for_vectors(half, [&](int64_t i, auto count) LOWBIT_LAMBDA {
-    const typename S::F32 by = S::set1(scale);
-    const typename S::F32 first = S::mul(load<S>(x + i, count), by);
-    const typename S::F32 second = S::mul(load<S>(x + half + i, count), by);
+    const typename S::F32 first = load<S>(x + i, count), second = load<S>(x + half + i, count);
     const typename S::F32 c = load<S>(cos + i, count), s = load<S>(sin + i, count);
     S::store_f32(out + i, S::sub(S::mul(first, c), S::mul(second, s)), count);
     S::store_f32(out + half + i, S::fmadd(second, c, S::mul(first, s)), count);
@@ -127,19 +125,6 @@ void rotate(const float* x, const float* cos, const float* sin, int64_t half, fl
 LOWBIT_INLINE int64_t pad(float* x, int64_t n, float value) {
   for (; n % 16 != 0; ++n) x[n] = value;
   return n;
-}
-
-// Replaces the n (a multiple of 16) values by exp(x - top); returns their sum.
-template <class S>
-LOWBIT_INLINE float exponentiate(float* x, int64_t n, float top) {
-  typename S::F32 total = S::zero_f32();
-  const typename S::F32 minus_top = S::set1(-top * kLog2E);
-  for (int64_t i = 0; i < n; i += 16) {
-    const typename S::F32 e = exp_below<S>(S::load_f32(x + i), minus_top);
-    S::store_f32(x + i, e, 16);
-    total = S::add(total, e);
-  }
-  return S::reduce_add(total);
 }
 
 template <class S>

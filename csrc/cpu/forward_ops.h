@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../layout.h"
 #include "isa.h"
 
 namespace lowbit {
@@ -24,16 +25,33 @@ struct HeadQuery {
   int64_t key = 0, value = 0;  // floats
 };
 
+// One head of up to 16 queries, each in a lane of its own, over the tokens that any of them sees.
+struct HeadBlock {
+  const float* q = nullptr;  // [queries, dim], q_stride floats apart
+  int64_t q_stride = 0;
+  int queries = 0;
+  float scale = 1;  // of the queries
+  const float* const* slots = nullptr;
+  const uint16_t* lanes = nullptr;  // bit i of lanes[j]: query i sees token j
+  int64_t count = 0, dim = 0;
+  int64_t key = 0, value = 0;  // as above
+
+  // Floats that attend_together needs.
+  static int64_t room(int64_t count, int64_t dim) { return (ceil_div(dim, 16) * 16 + count) * 16; }
+};
+
 struct RowOps {
   // out = (x - mean) / sqrt(variance + eps) * weight + bias
   void (*layer_norm)(const float* x, const NormWeights& norm, int64_t n, float* out);
   void (*activation[2])(const float* x, int64_t n, float* out);  // [Activation]; GELU by erf, within 1e-6
   void (*add)(float* x, const float* y, int64_t n);              // x += y
   void (*scale_add)(float* x, float scale, const float* y, int64_t n);  // x = scale * x + y; y may be null
-  // Rotates the pairs (i, i + half) by the angles of cos and sin, and scales; in place or not.
-  void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, float scale, float* out);
+  // Rotates the pairs (i, i + half) by the angles of cos and sin; in place or not.
+  void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, float* out);
   // out = softmax(q K^T) V. scores: room for count rounded up to 16.
   void (*attend)(const HeadQuery& query, float* scores, float* out);
+  // The same bits for every query of a block; out is as q, and may be q. room: 64-byte aligned.
+  void (*attend_together)(const HeadBlock& block, float* room, float* out);
   // max x and sum exp(x - max) over n values; x may be written up to n rounded up to 16.
   void (*softmax_part)(float* x, int64_t n, float* max, float* sum);
   // log sum over n parts of sum * exp(max); as above for both arrays.

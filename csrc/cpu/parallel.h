@@ -11,7 +11,9 @@
 
 #include <omp.h>
 
+#include <atomic>
 #include <cstdint>
+#include <thread>
 
 namespace lowbit {
 
@@ -34,13 +36,48 @@ class TeamLease {
   const bool granted;
 };
 
+// Where a team waits for its last member. libgomp's own barrier ends with a system call every time, which costs more
+// than most phases of a forward over one token.
+class Barrier {
+ public:
+  void wait(int members) {
+    const uint32_t round = round_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
+      if (spins < kSpins) {
+        relax();
+      } else {
+        std::this_thread::yield();  // more threads than cores: the last member may need this one
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 1000;
+
+  static void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+  }
+
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+};
+
 // The member of a team that runs the same function on every thread.
 struct Team {
   int rank, size;
+  Barrier* meeting = nullptr;  // of a team of several
+
   void barrier() const {
-    if (size > 1) {
-#pragma omp barrier
-    }
+    if (size > 1) meeting->wait(size);
   }
 };
 
@@ -56,9 +93,10 @@ void parallel(int threads, const F& f) {
     f(Team{0, 1});
     return;
   }
+  Barrier meeting;
 #pragma omp parallel num_threads(threads)
   {
-    f(Team{omp_get_thread_num(), omp_get_num_threads()});
+    f(Team{omp_get_thread_num(), omp_get_num_threads(), &meeting});
   }
 }
 

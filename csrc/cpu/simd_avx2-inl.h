@@ -27,6 +27,7 @@ struct Avx2 {
 
   static constexpr int kAccumulators =
       0;  // VPMADDUBSW saturates at 16 bits: codes must be shifted down first
+  static constexpr int kAttentionKeys = 4, kAttentionDims = 4;
   static constexpr int kPanelRows = 2, kPanelBlocks = 2, kMaxRows = 4, kExactBlocks = 1;
   static constexpr int blocks(int rows, int /*positions*/) { return rows == 4 ? 1 : 2; }
   static constexpr Operand operand(int bits, bool lookup) {
@@ -193,14 +194,37 @@ struct Avx2 {
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
   }
-  static __m256 reduce_eight(const F32* x) {
-    const auto pair = [&](int i) {
-      return _mm256_hadd_ps(_mm256_add_ps(x[i].lo, x[i].hi), _mm256_add_ps(x[i + 1].lo, x[i + 1].hi));
+  static F32 choose(uint16_t lanes, F32 yes, F32 no) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const auto half = [&](int eight, __m256 a, __m256 b) {
+      const __m256i set = _mm256_and_si256(_mm256_set1_epi32(eight), bit);
+      return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit)));
     };
-    const __m256 low = _mm256_hadd_ps(pair(0), pair(2)), high = _mm256_hadd_ps(pair(4), pair(6));
-    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+    return {half(lanes, yes.lo, no.lo), half(lanes >> 8, yes.hi, no.hi)};
   }
-  static F32 reduce_add_each(const F32 (&x)[16]) { return {reduce_eight(x), reduce_eight(x + 8)}; }
+  static void transpose_eight(__m256 (&x)[8]) {
+    for (int g = 0; g < 8; g += 4) {  // 4 x 4 within every 128 bits
+      const __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps(x[g], x[g + 1]));
+      const __m256d AB = _mm256_castps_pd(_mm256_unpackhi_ps(x[g], x[g + 1]));
+      const __m256d cd = _mm256_castps_pd(_mm256_unpacklo_ps(x[g + 2], x[g + 3]));
+      const __m256d CD = _mm256_castps_pd(_mm256_unpackhi_ps(x[g + 2], x[g + 3]));
+      x[g] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
+      x[g + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+      x[g + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(AB, CD));
+      x[g + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(AB, CD));
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m256 low = _mm256_permute2f128_ps(x[i], x[i + 4], 0x20);
+      x[i + 4] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x31);
+      x[i] = low;
+    }
+  }
+  static void transpose(F32 (&x)[16]) {
+    __m256 quarter[2][2][8];
+    for (int i = 0; i < 16; ++i) quarter[i / 8][0][i % 8] = x[i].lo, quarter[i / 8][1][i % 8] = x[i].hi;
+    for (auto& rows : quarter) transpose_eight(rows[0]), transpose_eight(rows[1]);
+    for (int i = 0; i < 16; ++i) x[i] = {quarter[0][i / 8][i % 8], quarter[1][i / 8][i % 8]};
+  }
 };
 
 }  // namespace

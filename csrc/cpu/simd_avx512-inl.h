@@ -18,6 +18,7 @@ struct Avx512 {
   using Levels = __m512;
 
   static constexpr int kAccumulators = 16;
+  static constexpr int kAttentionKeys = 8, kAttentionDims = 16;
   static constexpr int kPanelRows = 6, kPanelBlocks = 4, kMaxRows = 8, kExactBlocks = 2;
   static constexpr int blocks(int rows, int positions) { return rows * positions <= 4 ? 4 : 2; }
   static constexpr Operand operand(int bits, bool lookup) {
@@ -118,19 +119,26 @@ struct Avx512 {
   static F32 scale_by_power(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
   static float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }
   static float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
-  // Per 128 bits: the sums of four vectors' quarters, in the order of the vectors.
-  static F32 add_quarters(F32 a, F32 b, F32 c, F32 d) {
-    const F32 ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const F32 cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
-    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  }
-  static F32 reduce_add_each(const F32 (&x)[16]) {
-    const auto halves = [](F32 a, F32 b) {  // quarters (0 + 1, 2 + 3) of a, then of b
-      return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
-    };
-    return halves(halves(add_quarters(x[0], x[1], x[2], x[3]), add_quarters(x[4], x[5], x[6], x[7])),
-                  halves(add_quarters(x[8], x[9], x[10], x[11]), add_quarters(x[12], x[13], x[14], x[15])));
+  static F32 choose(uint16_t lanes, F32 yes, F32 no) { return _mm512_mask_mov_ps(no, lanes, yes); }
+  static void transpose(F32 (&x)[16]) {
+    for (int g = 0; g < 16; g += 4) {  // 4 x 4 within every 128 bits
+      const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(x[g], x[g + 1]));
+      const __m512d AB = _mm512_castps_pd(_mm512_unpackhi_ps(x[g], x[g + 1]));
+      const __m512d cd = _mm512_castps_pd(_mm512_unpacklo_ps(x[g + 2], x[g + 3]));
+      const __m512d CD = _mm512_castps_pd(_mm512_unpackhi_ps(x[g + 2], x[g + 3]));
+      x[g] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+      x[g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+      x[g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(AB, CD));
+      x[g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(AB, CD));
+    }
+    for (int i = 0; i < 4; ++i) {  // then the quarters
+      const F32 a = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x44), b = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x44);
+      const F32 c = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xEE), d = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xEE);
+      x[i] = _mm512_shuffle_f32x4(a, b, 0x88);
+      x[i + 4] = _mm512_shuffle_f32x4(a, b, 0xDD);
+      x[i + 8] = _mm512_shuffle_f32x4(c, d, 0x88);
+      x[i + 12] = _mm512_shuffle_f32x4(c, d, 0xDD);
+    }
   }
 };
 

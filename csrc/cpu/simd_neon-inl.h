@@ -24,6 +24,7 @@ struct Neon {
   using Levels = int8x16_t;
 
   static constexpr int kAccumulators = 0;  // SDOT is signed: the top position of a byte must be shifted down
+  static constexpr int kAttentionKeys = 4, kAttentionDims = 4;
   static constexpr int kPanelRows = 4, kPanelBlocks = 1, kMaxRows = 4, kExactBlocks = 1;
   static constexpr int blocks(int rows, int /*positions*/) { return rows == 4 ? 1 : 2; }
   static constexpr Operand operand(int bits, bool lookup) {
@@ -183,14 +184,30 @@ struct Neon {
   static float reduce_max(const F32& x) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.q[0], x.q[1]), vmaxq_f32(x.q[2], x.q[3])));
   }
-  static F32 reduce_add_each(const F32 (&x)[16]) {
-    const auto four = [&](int i) {
-      return vaddq_f32(vaddq_f32(x[i].q[0], x[i].q[1]), vaddq_f32(x[i].q[2], x[i].q[3]));
-    };
+  static F32 choose(uint16_t lanes, const F32& yes, const F32& no) {
+    constexpr uint32_t kBit[4] = {1, 2, 4, 8};
     return each_f32([&](int i) {
-      return vpaddq_f32(vpaddq_f32(four(4 * i), four(4 * i + 1)),
-                        vpaddq_f32(four(4 * i + 2), four(4 * i + 3)));
+      return vbslq_f32(vtstq_u32(vdupq_n_u32(lanes >> (4 * i)), vld1q_u32(kBit)), yes.q[i], no.q[i]);
     });
+  }
+  static void transpose_four(float32x4_t& a, float32x4_t& b, float32x4_t& c, float32x4_t& d) {
+    const auto pairs = [](float32x4_t x) { return vreinterpretq_f64_f32(x); };
+    const float64x2_t ab = pairs(vtrn1q_f32(a, b)), AB = pairs(vtrn2q_f32(a, b));
+    const float64x2_t cd = pairs(vtrn1q_f32(c, d)), CD = pairs(vtrn2q_f32(c, d));
+    a = vreinterpretq_f32_f64(vtrn1q_f64(ab, cd));
+    b = vreinterpretq_f32_f64(vtrn1q_f64(AB, CD));
+    c = vreinterpretq_f32_f64(vtrn2q_f64(ab, cd));
+    d = vreinterpretq_f32_f64(vtrn2q_f64(AB, CD));
+  }
+  static void transpose(F32 (&x)[16]) {
+    for (int r = 0; r < 16; r += 4) {
+      for (int c = 0; c < 4; ++c) transpose_four(x[r].q[c], x[r + 1].q[c], x[r + 2].q[c], x[r + 3].q[c]);
+    }
+    for (int r = 0; r < 4; ++r) {
+      for (int c = 0; c < r; ++c) {
+        for (int i = 0; i < 4; ++i) std::swap(x[4 * r + i].q[c], x[4 * c + i].q[r]);
+      }
+    }
   }
 };
 

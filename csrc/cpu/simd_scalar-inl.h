@@ -28,6 +28,8 @@ struct Scalar {
   using Levels = F32;  // 16 levels as floats
 
   static constexpr int kAccumulators = 0;  // budget for the shift-free accumulators; 0: shift always
+  // Of attention: keys, or dimensions of values, that are summed side by side.
+  static constexpr int kAttentionKeys = 4, kAttentionDims = 4;
   static constexpr int kPanelRows = 4, kPanelBlocks = 1, kMaxRows = 4, kExactBlocks = 1;
   static constexpr int blocks(int /*rows*/, int /*positions*/) { return 1; }
   static constexpr Operand operand(int bits, bool lookup) {
@@ -237,11 +239,15 @@ struct Scalar {
     for (int i = 1; i < 16; ++i) r = x.v[i] > r ? x.v[i] : r;
     return r;
   }
-  // Lane i: the sum of x[i].
-  static F32 reduce_add_each(const F32 (&x)[16]) {
-    F32 r;
-    for (int i = 0; i < 16; ++i) r.v[i] = reduce_add(x[i]);
-    return r;
+  // Lane i of `yes` where bit i of lanes is set, else of `no`.
+  static F32 choose(uint16_t lanes, const F32& yes, F32 no) {
+    for (int i = 0; i < 16; ++i) no.v[i] = lanes >> i & 1 ? yes.v[i] : no.v[i];
+    return no;
+  }
+  static void transpose(F32 (&x)[16]) {
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < i; ++j) std::swap(x[i].v[j], x[j].v[i]);
+    }
   }
 };
 
