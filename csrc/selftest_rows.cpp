@@ -50,6 +50,11 @@ void test_elementwise(const RowOps& ops, int64_t n, Errors& errors) {
   for (int64_t i = 0; i < n; ++i) errors.add(out[i], std::max(x[i], 0.0f), 1e-9);
   ops.activation[kGelu](x.data(), n, out.data());
   for (int64_t i = 0; i < n; ++i) errors.add(out[i], x[i] * 0.5 * std::erfc(-x[i] * std::sqrt(0.5)), 1.5e-6);
+  ops.activation[kQuickGelu](x.data(), n, out.data());
+  for (int64_t i = 0; i < n; ++i) {
+    const double magnitude = std::max(1.0, std::fabs(double{x[i]}));
+    errors.add(out[i], x[i] * 0.5 * std::erfc(-x[i] * std::sqrt(0.5)), 5e-5 * magnitude);
+  }
   ops.subtract(x.data(), 0.3f, n, out.data());
   for (int64_t i = 0; i < n; ++i) errors.add(out[i], double{x[i]} - double{0.3f}, 5e-7);
   const std::vector<float> before(x.data(), x.data() + n);

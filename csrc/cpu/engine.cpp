@@ -102,12 +102,18 @@ void Engine::cut(const ForestQuery& query, int threads, std::vector<Range>& batc
   if (query.nodes >= threads * kWorthAForward) count = ceil_div(count, threads) * threads;
   const int64_t size = ceil_div(query.nodes, count);
   batches.clear();
-  for (int64_t begin = 0, end = 1; begin < query.nodes; ++end) {
-    const bool tree_ends = end == query.nodes || query.parents[end] < 0;
-    if (!tree_ends || (end < query.nodes && end - begin < size)) continue;
+  int64_t begin = 0, last = 0;  // of the batch, and the end of its latest tree
+  const auto close = [&](int64_t end) {
     batches.push_back({begin, end});
-    begin = end;
+    begin = last = end;
+  };
+  for (int64_t end = 1; end <= query.nodes; ++end) {
+    if (end < query.nodes && query.parents[end] >= 0) continue;
+    if (last > begin && end - begin - size > size - (last - begin)) close(last);  // nearer without this tree
+    last = end;
+    if (end - begin >= size) close(end);
   }
+  if (begin < query.nodes) close(query.nodes);
 }
 
 void Engine::score_side_by_side(const ForestQuery& query, int threads, Workspace& ws, float* out) {

@@ -41,6 +41,42 @@ Needs needs(const Model& m, int64_t nodes, int64_t rows) {
   return all;
 }
 
+// One piece a member, each on cache lines of its own.
+template <class T>
+void each(Bump& memory, int64_t& share, int64_t count, int64_t pieces, T*& pointer) {
+  share = round_up(count, kAlign / static_cast<int64_t>(sizeof(T)));
+  pointer = memory.take<T>(share * pieces);
+}
+
+void lay_out_reduction(const Model& m, const Batch& batch, Frame& f, Bump& memory) {
+  f.parts = ceil_div(m.vocab, kPart);
+  const int64_t room = round_up(f.parts, 16), fit = kStripeFloats / kPart / batch.rows;
+  f.stripe = fit < 1 ? 1 : fit < f.parts ? fit : f.parts;
+  f.part_max = memory.take<float>(batch.rows * room);
+  f.part_sum = memory.take<float>(batch.rows * room);
+  f.lse = memory.take<float>(batch.rows);
+  f.target_logits = memory.take<float>(batch.target_count);
+}
+
+// Products take turns in the same memory, so that more of a forward stays in L2: q, k and v; then h; at last logits.
+// Between the last reader of one and the first writer of the next lies a barrier.
+void lay_out_products(const Model& m, const Batch& batch, Frame& f, Bump& memory) {
+  const int64_t begin = memory.used;
+  f.q = memory.take<float>(batch.nodes * m.d);
+  for (float** p : {&f.k, &f.v}) *p = memory.take<float>(batch.nodes * f.kv_stride);
+  int64_t end = memory.used;
+  memory.used = begin;
+  f.h = memory.take<float>(batch.nodes * m.ffn);
+  end = memory.used > end ? memory.used : end;
+  memory.used = begin;
+  if (batch.all != nullptr) {
+    each(memory, f.logits_share, f.parts * kPart, 1, f.each_logits);
+  } else if (batch.wants_logits()) {
+    each(memory, f.logits_share, batch.rows * f.stripe * kPart, f.threads, f.each_logits);
+  }
+  memory.used = memory.used > end ? memory.used : end;
+}
+
 }  // namespace
 
 int threads_for(const Model& m, int64_t nodes) {
@@ -53,40 +89,22 @@ Frame lay_out(const Model& m, const Batch& batch, int threads, Bump& memory) {
   Frame f{};
   f.threads = threads;
   f.redundant = most <= kRedundantRows;
-  const int64_t copies = f.redundant ? f.threads : 1, wide = round_up(m.d > m.ffn ? m.d : m.ffn, kTileK);
-
-  const auto each = [&](int64_t& share, int64_t count, int64_t pieces, auto*& pointer) {
-    using T = std::remove_reference_t<decltype(*pointer)>;
-    share = round_up(count, kAlign / static_cast<int64_t>(sizeof(T)));
-    pointer = memory.take<T>(share * pieces);
-  };
-  each(f.x_share, nodes * m.d, copies, f.x);
   f.kv_stride = m.d + kTileN;
-  for (float** p : {&f.q, &f.branch}) *p = memory.take<float>(nodes * m.d);
-  for (float** p : {&f.k, &f.v}) *p = memory.take<float>(nodes * f.kv_stride);
-  f.h = memory.take<float>(nodes * m.ffn);
-  each(f.row_share, wide, f.threads, f.each_row);
-  each(f.dense_share, m.compute == Compute::kExact ? most * wide : 0, copies, f.each_dense);
+  const int64_t copies = f.redundant ? f.threads : 1, wide = round_up(m.d > m.ffn ? m.d : m.ffn, kTileK);
+  each(memory, f.x_share, nodes * m.d, copies, f.x);
+  f.branch = memory.take<float>(nodes * m.d);
+  each(memory, f.row_share, wide, f.threads, f.each_row);
+  each(memory, f.dense_share, m.compute == Compute::kExact ? most * wide : 0, copies, f.each_dense);
   const Needs need = needs(m, nodes, batch.wants_logits() ? rows : 0);
   for (int i = 0; i < 3; ++i)
-    each(f.activations_share[i], need.activations[i], copies, f.each_activations[i]);
-  each(f.scratch_share, need.scratch, f.threads, f.each_scratch);
-
-  if (batch.wants_logits()) {
-    f.parts = ceil_div(m.vocab, kPart);
-    const int64_t room = round_up(f.parts, 16), fit = kStripeFloats / kPart / rows;
-    f.stripe = fit < 1 ? 1 : fit < f.parts ? fit : f.parts;
-    f.part_max = memory.take<float>(rows * room);
-    f.part_sum = memory.take<float>(rows * room);
-    f.lse = memory.take<float>(rows);
-    f.target_logits = memory.take<float>(batch.target_count);
-    const bool all = batch.all != nullptr;
-    each(f.logits_share, all ? f.parts * kPart : rows * f.stripe * kPart, all ? 1 : f.threads, f.each_logits);
-  }
+    each(memory, f.activations_share[i], need.activations[i], copies, f.each_activations[i]);
+  each(memory, f.scratch_share, need.scratch, f.threads, f.each_scratch);
+  if (batch.wants_logits()) lay_out_reduction(m, batch, f, memory);
   int64_t room = 2 * round_up(f.parts, 16);
   for (const int64_t n : {round_up(m.max_len, 16), HeadBlock::room(batch.most_seen, m.head_dim())})
     room = n > room ? n : room;
-  each(f.scores_share, room, f.threads, f.each_scores);
+  each(memory, f.scores_share, room, f.threads, f.each_scores);
+  lay_out_products(m, batch, f, memory);
   return f;
 }
 
