@@ -31,9 +31,8 @@ Model model_of(const py::dict& spec) {
   m.max_len = spec["max_len"].cast<int64_t>();
   m.pre_norm = spec["pre_norm"].cast<bool>();
   m.rotary = spec["rotary"].cast<bool>();
-  const bool exact = spec["exact"].cast<bool>();
-  m.compute = exact ? Compute::kExact : Compute::kInt8;
-  m.activation = !spec["gelu"].cast<bool>() ? kRelu : exact ? kGelu : kQuickGelu;
+  m.activation = spec["gelu"].cast<bool>() ? kGelu : kRelu;
+  m.compute = spec["exact"].cast<bool>() ? Compute::kExact : Compute::kInt8;
   m.embed = spec["embed"].cast<const MatrixView&>().matrix;
   m.head = linear_of(spec["head"]);
   m.positions = pointer<const float>(spec["positions"].cast<Address>());

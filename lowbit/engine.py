@@ -27,6 +27,7 @@ from lowbit.vocab import EOS, EOS_ID, Vocab
 # Input tokens of one forest, and utterances whose lists become one: bounds memory, whatever the length of the input.
 _FOREST_TOKENS = 2**14
 _FOREST_LISTS = 256
+_TRIE_NODES = 128  # of lists that are merged: what the native engine takes at a time
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,10 @@ class LanguageModel:
         return scores
 
     def score_nbest(self, lists: Sequence[Sequence[str]], contexts: Sequence[str] | None = None) -> list[NBestScores]:
-        """Log P of the hypotheses of N-best lists, each list read as a trie: a shared prefix is computed once.
+        """Log P of the hypotheses of N-best lists, read as tries: a prefix that hypotheses share is computed once.
 
         Args:
+            lists: texts. Hundreds of lists at a time are fastest: without contexts they share prefixes too.
             contexts: the text before every list, sentences separated by ``</s>``; what fits of its end is read.
         """
         out: list[NBestScores] = []
@@ -166,8 +168,11 @@ class LanguageModel:
                     known[text] = self.vocab.encode(text)
             ids = [[known[text][0] for text in hyps] for hyps in lists[part]]
             oov = [np.array([known[text][1] for text in hyps], np.int64) for hyps in lists[part]]
-            before = None if contexts is None else [self.vocab.encode(text)[0] for text in contexts[part]]
-            query, paths = tries(ids, self.config.max_len, self.stride, contexts=before)
+            if contexts is None:
+                query, paths = tries(ids, self.config.max_len, self.stride, _TRIE_NODES, merge=True)
+            else:
+                before = [self.vocab.encode(text)[0] for text in contexts[part]]
+                query, paths = tries(ids, self.config.max_len, self.stride, contexts=before)
             out += _sum_paths(self.backend.log_probs(query).astype(np.float64), paths, oov)
         return out
 

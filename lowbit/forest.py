@@ -208,6 +208,7 @@ def tries(
     stride: int,
     max_nodes: int = 512,
     contexts: Iterable[Sequence[int]] | None = None,
+    merge: bool = False,
 ) -> tuple[Query, Paths]:
     """One trie per N-best list: shared prefixes once, duplicates collapse.
 
@@ -217,20 +218,25 @@ def tries(
             leaves room for the longest hypothesis.
         max_len: hypotheses that need more inputs than this are read as windows (:func:`windows`) beside the tries.
         max_nodes: a trie that would grow beyond this is continued in another one; bounds the attention mask.
+        merge: all lists as one, so that what they have in common is computed once; not with contexts.
     """
+    if merge and contexts is not None:
+        raise LowbitError("tries: lists that are read after contexts cannot be merged")
     rows: list[tuple[int, ...]] = []  # of all tries: prefix, words, end
     prefixes: list[int] = []
     starts: list[int] = []  # rows that begin a trie
     long: list[tuple[int, ...]] = []
     which: list[list[int]] = []  # rows, or -1 - index of a long one
-    for hyps, context in zip(lists, itertools.repeat(()) if contexts is None else contexts):
-        longest = max((len(words) for words in hyps if len(words) < max_len), default=0)
+    before = itertools.repeat(()) if contexts is None else contexts
+    for group, context in [(list(lists), ())] if merge else (([hyps], context) for hyps, context in zip(lists, before)):
+        keys = [list(map(tuple, hyps)) for hyps in group]
+        # Sorted, so that a hypothesis shares with the one before it all that it shares with any.
+        distinct = sorted(set(itertools.chain.from_iterable(keys)))
+        longest = max((len(words) for words in distinct if len(words) < max_len), default=0)
         prefix = (EOS_ID, *context, EOS_ID)[longest - max_len :] if len(context) else (EOS_ID,)
         found: dict[tuple[int, ...], int] = {}
         starts.append(len(rows))
-        keys = list(map(tuple, hyps))
-        # Sorted, so that a hypothesis shares with the one before it all that it shares with any.
-        for words in sorted(set(keys)):
+        for words in distinct:
             if len(words) >= max_len:
                 found[words] = -1 - len(long)
                 long.append(words)
@@ -238,7 +244,7 @@ def tries(
                 found[words] = len(rows)
                 rows.append((*prefix, *words, EOS_ID))
                 prefixes.append(len(prefix))
-        which.append([found[words] for words in keys])
+        which += [[found[words] for words in hyps] for hyps in keys]
     query, requests, lengths = _lay_out_tries(rows, np.array(prefixes, np.int64), starts, max_nodes)
     if long:
         windowed = [windows((EOS_ID, *words, EOS_ID), max_len, stride) for words in long]

@@ -96,9 +96,14 @@ def paths_of(query: Query, requests: np.ndarray) -> list[int]:
 words = st.lists(st.integers(0, 4), max_size=9)
 
 
-@given(st.lists(st.lists(words, min_size=1, max_size=8), min_size=1, max_size=3), st.integers(1, 8), st.integers(1, 40))
-def test_tries_hold_every_hypothesis(lists, max_len, max_nodes):
-    query, paths = tries(lists, max_len, max(1, max_len // 2), max_nodes)
+@given(
+    st.lists(st.lists(words, min_size=1, max_size=8), min_size=1, max_size=3),
+    st.integers(1, 8),
+    st.integers(1, 40),
+    st.booleans(),
+)
+def test_tries_hold_every_hypothesis(lists, max_len, max_nodes, merge):
+    query, paths = tries(lists, max_len, max(1, max_len // 2), max_nodes, merge=merge)
     assert [len(rows) for rows in paths.which] == [len(hyps) for hyps in lists]
     for u, hyps in enumerate(lists):
         for h, ids in enumerate(hyps):
@@ -114,6 +119,14 @@ def test_trie_shares_prefixes_and_duplicates():
     # (root, 5) (5, 6) (6, 7) (6, 8) (6, end) (7, end) (8, end); (root, 5) (5, 6) (6, end).
     assert len(query) == 7 + 3
     assert paths.of(0, 0).tolist() == paths.of(0, 2).tolist()
+
+
+def test_merged_lists_share_prefixes():
+    query, paths = tries([[[5, 6, 7], [5, 6, 8], [5, 6]], [[5, 6]], [[9]]], 16, 8, merge=True)
+    assert len(query.forest) == 6 and len(query.forest.trees) == 1  # root, 5, 6, 7, 8, 9
+    assert paths.of(1, 0).tolist() == paths.of(0, 2).tolist()
+    with pytest.raises(LowbitError, match="contexts cannot be merged"):
+        tries([[[5]]], 16, 8, contexts=[[1]], merge=True)
 
 
 def test_trie_of_an_empty_hypothesis_asks_for_the_end_alone():

@@ -31,7 +31,8 @@ LOWBIT_INLINE typename S::F32 score_keys(const HeadQuery& query, int64_t first, 
 
 // out[0..16 * kVectors) = the weighted mean of values; the last vector may be partial.
 template <class S, int kVectors, class Count>
-LOWBIT_INLINE void mix_values(const HeadQuery& query, int64_t first, const float* weights, Count last, float* out) {
+LOWBIT_INLINE void mix_values(const HeadQuery& query, int64_t first, const float* weights, Count last,
+                              float* out) {
   typename S::F32 sum[kVectors], total = S::zero_f32();
   unroll<kVectors>([&](auto v) LOWBIT_LAMBDA { sum[v] = S::zero_f32(); });
   for (int64_t j = 0; j < query.count; ++j) {
@@ -47,8 +48,9 @@ LOWBIT_INLINE void mix_values(const HeadQuery& query, int64_t first, const float
     });
   }
   const typename S::F32 scale = S::set1(1.0f / S::reduce_max(total));
-  unroll<kVectors>([&](auto v)
-                       LOWBIT_LAMBDA { S::store_f32(out + 16 * v, S::mul(sum[v], scale), v + 1 < kVectors ? 16 : last); });
+  unroll<kVectors>([&](auto v) LOWBIT_LAMBDA {
+    S::store_f32(out + 16 * v, S::mul(sum[v], scale), v + 1 < kVectors ? 16 : last);
+  });
 }
 
 template <class S>
@@ -71,8 +73,9 @@ LOWBIT_INLINE void turn_queries(const HeadBlock& block, float* turned) {
   for_vectors(block.dim, [&](int64_t d, auto count) LOWBIT_LAMBDA {
     typename S::F32 q[16];
     unroll<16>([&](auto i) LOWBIT_LAMBDA {
-      q[i] = i < block.queries ? S::mul(load<S>(block.q + i * block.q_stride + d, count), S::set1(block.scale))
-                               : S::zero_f32();
+      q[i] = i < block.queries
+                 ? S::mul(load<S>(block.q + i * block.q_stride + d, count), S::set1(block.scale))
+                 : S::zero_f32();
     });
     S::transpose(q);
     unroll<16>([&](auto i) LOWBIT_LAMBDA { S::store_f32(turned + 16 * (d + i), q[i], 16); });
@@ -159,16 +162,8 @@ void attend_together(const HeadBlock& block, float* room, float* out) {
 
 template <class S>
 constexpr RowOps make_row_ops() {
-  return {layer_norm<S>,
-          {relu<S>, gelu<S, Gelu>, gelu<S, QuickGelu>},
-          add<S>,
-          scale_add<S>,
-          rotate<S>,
-          attend<S>,
-          attend_together<S>,
-          softmax_part<S>,
-          log_sum_exp<S>,
-          subtract<S>};
+  return {layer_norm<S>, {relu<S>, gelu<S>}, add<S>,          scale_add<S>,   rotate<S>,
+          attend<S>,     attend_together<S>, softmax_part<S>, log_sum_exp<S>, subtract<S>};
 }
 
 }  // namespace

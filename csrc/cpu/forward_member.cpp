@@ -130,7 +130,8 @@ void Member::attend_heads(size_t layer, Range nodes, Range heads) {
   HeadQuery head;
   head.dim = model_.head_dim();
   const bool together = batch_.seen_first != nullptr;
-  for (int64_t h = heads.begin; h < heads.end; ++h) {  // outside: a head's keys stay near for all nodes of a tree
+  for (int64_t h = heads.begin; h < heads.end;
+       ++h) {  // outside: a head's keys stay near for all nodes of a tree
     head.key = static_cast<int64_t>(layer) * batch_.layer_stride + h * head.dim;
     head.value = head.key + batch_.value_offset;
     for (int64_t m = nodes.begin; m < nodes.end; m += together ? kTogether : 1) {

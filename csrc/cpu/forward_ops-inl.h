@@ -50,7 +50,8 @@ LOWBIT_INLINE float add_up(int64_t n, const F& f) {
   typename S::F32 sum[4];
   unroll<4>([&](auto j) LOWBIT_LAMBDA { sum[j] = S::zero_f32(); });
   int64_t i = 0;
-  for (; i + 64 <= n; i += 64) unroll<4>([&](auto j) LOWBIT_LAMBDA { sum[j] = S::add(sum[j], f(i + 16 * j)); });
+  for (; i + 64 <= n; i += 64)
+    unroll<4>([&](auto j) LOWBIT_LAMBDA { sum[j] = S::add(sum[j], f(i + 16 * j)); });
   for (; i + 16 <= n; i += 16) sum[0] = S::add(sum[0], f(i));
   return S::reduce_add(S::add(S::add(sum[0], sum[1]), S::add(sum[2], sum[3])));
 }
@@ -82,29 +83,19 @@ void relu(const float* x, int64_t n, float* out) {
   });
 }
 
-// x (1 + erf(x / sqrt 2)) / 2 as x (1/2 + c P(c^2)), with c = x cut at +-kCut and P a Chebyshev fit in
-// t = 2 c^2 / kCut^2 - 1.
-struct Gelu {  // within 1e-6; at the cut erf is 1 - 3e-7
-  static constexpr float kCut = 5.1f, kSquare = 0.0768935f;
-  static constexpr float kP[13] = {0.138605282f,   -0.0690033585f,  0.0507830717f,  -0.0402159318f, 0.0317131244f,
-                                   -0.024036251f,  0.0174861047f,   -0.0119673014f, 0.00680116378f, -0.00329977204f,
-                                   0.00247637415f, -0.00192598358f, 0.000622676918f};
-};
-struct QuickGelu {  // within 5e-5 max(1, |x|)
-  static constexpr float kCut = 4.0f, kSquare = 0.125f;
-  static constexpr float kP[8] = {0.175948694f,  -0.0843587816f, 0.0560223795f,  -0.0364632457f,
-                                  0.0217366423f, -0.0133839399f, 0.00810282957f, -0.0026143922f};
-};
-
-template <class S, class Fit>
+// x (1 + erf(x / sqrt 2)) / 2 within 1e-6: erf as c P(c^2) with c = x cut at +-5.1, where it is 1 - 3e-7, and P a
+// Chebyshev fit in t = 2 c^2 / 5.1^2 - 1.
+template <class S>
 void gelu(const float* x, int64_t n, float* out) {
-  constexpr int kLast = sizeof(Fit::kP) / sizeof(float) - 1;
+  constexpr float kP[13] = {0.138605282f,   -0.0690033585f,  0.0507830717f,  -0.0402159318f, 0.0317131244f,
+                            -0.024036251f,  0.0174861047f,   -0.0119673014f, 0.00680116378f, -0.00329977204f,
+                            0.00247637415f, -0.00192598358f, 0.000622676918f};
   for_vectors(n, [&](int64_t i, auto count) LOWBIT_LAMBDA {
     const typename S::F32 v = load<S>(x + i, count);
-    const typename S::F32 c = S::min(S::set1(Fit::kCut), S::max(S::set1(-Fit::kCut), v));
-    const typename S::F32 t = S::fmadd(S::mul(c, c), S::set1(Fit::kSquare), S::set1(-1.0f));
-    typename S::F32 p = S::set1(Fit::kP[kLast]);
-    unroll<kLast>([&](auto k) LOWBIT_LAMBDA { p = S::fmadd(p, t, S::set1(Fit::kP[kLast - 1 - k])); });
+    const typename S::F32 c = S::min(S::set1(5.1f), S::max(S::set1(-5.1f), v));
+    const typename S::F32 t = S::fmadd(S::mul(c, c), S::set1(0.0768935f), S::set1(-1.0f));
+    typename S::F32 p = S::set1(kP[12]);
+    unroll<12>([&](auto k) LOWBIT_LAMBDA { p = S::fmadd(p, t, S::set1(kP[11 - k])); });
     S::store_f32(out + i, S::mul(v, S::fmadd(c, p, S::set1(0.5f))), count);
   });
 }
@@ -144,6 +135,19 @@ void rotate(const float* x, const float* cos, const float* sin, int64_t half, fl
 LOWBIT_INLINE int64_t pad(float* x, int64_t n, float value) {
   for (; n % 16 != 0; ++n) x[n] = value;
   return n;
+}
+
+// Replaces the n (a multiple of 16) values by exp(x - top); returns their sum.
+template <class S>
+LOWBIT_INLINE float exponentiate(float* x, int64_t n, float top) {
+  typename S::F32 total = S::zero_f32();
+  const typename S::F32 minus_top = S::set1(-top * kLog2E);
+  for (int64_t i = 0; i < n; i += 16) {
+    const typename S::F32 e = exp_below<S>(S::load_f32(x + i), minus_top);
+    S::store_f32(x + i, e, 16);
+    total = S::add(total, e);
+  }
+  return S::reduce_add(total);
 }
 
 template <class S>

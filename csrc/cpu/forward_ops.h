@@ -14,8 +14,7 @@ struct NormWeights {
   float eps = 0;
 };
 
-// kQuickGelu: for rows that are then rounded to int8.
-enum Activation { kRelu, kGelu, kQuickGelu, kActivations };
+enum Activation { kRelu = 0, kGelu = 1 };
 
 // One head of one query over the tokens that it sees. A token's key lies at slots[j] + key, its value at
 // slots[j] + value.
@@ -44,8 +43,7 @@ struct HeadBlock {
 struct RowOps {
   // out = (x - mean) / sqrt(variance + eps) * weight + bias
   void (*layer_norm)(const float* x, const NormWeights& norm, int64_t n, float* out);
-  // GELU by erf within 1e-6, quick within 5e-5 max(1, |x|).
-  void (*activation[kActivations])(const float* x, int64_t n, float* out);
+  void (*activation[2])(const float* x, int64_t n, float* out);  // [Activation]; GELU by erf, within 1e-6
   void (*add)(float* x, const float* y, int64_t n);              // x += y
   void (*scale_add)(float* x, float scale, const float* y, int64_t n);  // x = scale * x + y; y may be null
   // Rotates the pairs (i, i + half) by the angles of cos and sin; in place or not.

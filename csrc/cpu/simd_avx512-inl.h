@@ -132,8 +132,10 @@ struct Avx512 {
       x[g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(AB, CD));
     }
     for (int i = 0; i < 4; ++i) {  // then the quarters
-      const F32 a = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x44), b = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x44);
-      const F32 c = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xEE), d = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xEE);
+      const F32 a = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x44),
+                b = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x44);
+      const F32 c = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xEE),
+                d = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xEE);
       x[i] = _mm512_shuffle_f32x4(a, b, 0x88);
       x[i + 4] = _mm512_shuffle_f32x4(a, b, 0xDD);
       x[i + 8] = _mm512_shuffle_f32x4(c, d, 0x88);
