@@ -86,9 +86,8 @@ def main() -> None:
             write_tiny_model(Path(model))
         chosen = {name: command for name, command in commands(args.ngram, model, folder).items() if name in args.only}
         result = {name: [run(command, lists, n) for n in args.utterances] for name, command in chosen.items()}
-    for name in result:
-        result[name] = {"hypotheses": args.hypotheses, "runs": result[name]}
-    text = json.dumps(merged(args.json, result), indent=1)
+    parts = {f"{name}, {args.hypotheses} hypotheses": runs for name, runs in result.items()}
+    text = json.dumps(merged(args.json, parts), indent=1)
     if args.json:
         Path(args.json).write_text(text + "\n")
     print(text)

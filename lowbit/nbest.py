@@ -99,8 +99,10 @@ class _Names:
         self._recent.add(value)
         if len(self._recent) == self.BUFFER:
             recent = np.fromiter(self._recent, np.uint64, self.BUFFER)
-            self._sorted = np.sort(np.concatenate([self._sorted, recent]), kind="stable")
             self._recent = set()
+            # In place: at a million names every copy is 8 MB.
+            self._sorted = np.concatenate([self._sorted, recent])
+            self._sorted.sort(kind="stable")
         return True
 
 
