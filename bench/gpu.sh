@@ -6,7 +6,7 @@
 # Writes OUT/gpu.json (all figures), OUT/gpu.txt (the tables) and OUT/*.log. --dry-run needs no GPU: it builds with nvcc,
 # runs the kernels' source and Triton's interpreter on the CPU, and makes all inputs up to the first launch. PYTHON names
 # the interpreter (default python3), which needs torch, triton, numpy, pytest, pybind11, cmake and ninja. LOWBIT_CUDA_ARCHS
-# is 90-real by default. Nothing is installed: modules are built in place.
+# is 90a-real by default. Nothing is installed: modules are built in place.
 # Exit code: 0 all steps succeeded, 1 one failed (its log is named), 2 bad arguments or no GPU without --dry-run.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
@@ -32,7 +32,7 @@ if [ -z "$dry" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.i
   exit 2
 fi
 mkdir -p "$out" || exit 2
-export LOWBIT_CUDA=on LOWBIT_CUDA_ARCHS=${LOWBIT_CUDA_ARCHS:-90-real} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+export LOWBIT_CUDA=on LOWBIT_CUDA_ARCHS=${LOWBIT_CUDA_ARCHS:-90a-real} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 # The packages by their installed names, without installing: lowbit.kernels is kernels/, lowbit.tools is tools/.
 site=$PWD/build/gpu-site
 rm -rf "$site" && mkdir -p "$site/lowbit"

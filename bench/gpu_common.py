@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: the machine's ceilings, the time that is left, the oracle."""
+"""What the GPU benchmarks share: the machine's ceilings, the time that is left."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 
 import torch
 
-from lowbit.kernels import GpuWeight
 from lowbit.kernels.tuned import seconds_a_call
 
 COLD_BYTES = 512 * 2**20  # rotate among inputs of at least this size: ten times the L2 cache of an H100
@@ -30,10 +29,3 @@ def ceilings() -> dict[str, float]:
     a, b = (torch.randn(8192, 8192, dtype=torch.float16, device="cuda") for _ in range(2))
     flops = 2 * 8192**3 / seconds_a_call([lambda: a @ b], rounds=4)
     return {"copy_bytes_per_s": copied, "fp16_flop_per_s": flops}
-
-
-def worst_error(y: torch.Tensor, x: torch.Tensor, weight: GpuWeight, rows: int = 64) -> float:
-    """Relative error ||y - y64|| / ||y64|| of the first outputs against fp64."""
-    ids = torch.arange(min(rows, weight.shape[0]), device=x.device)
-    wanted = x.double() @ weight.dequantize_rows(ids).double().t()
-    return float((y[:, : len(ids)].double() - wanted).norm() / wanted.norm())

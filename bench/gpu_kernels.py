@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from gpu_common import COLD_BYTES, Deadline, ceilings, worst_error
+from gpu_common import COLD_BYTES, Deadline, ceilings
 
 from lowbit.kernels import cuda, linear
 from lowbit.kernels.launch import serves
-from lowbit.kernels.tuned import random_weight, seconds_a_call
+from lowbit.kernels.tuned import random_weight, seconds_a_call, worst_error
 from lowbit.tables import BITS
 
 SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192)]
@@ -61,7 +61,7 @@ def cases() -> Iterator[Case]:
                 yield Case(n, k, bits, None, rows, "cuda")
     for bits, group, rows in GROUPED:
         yield Case(*SHAPES[1], bits, group, rows, "cuda")
-    for route, rows in (("triton", (1, 16, 64, 512, 4096)), ("dense", (512, 4096))):
+    for route, rows in (("wgmma", (64, 512, 4096)), ("triton", (1, 16, 64, 512, 4096)), ("dense", (512, 4096))):
         for m in rows:
             for bits in (4, 2):
                 yield Case(*SHAPES[1], bits, None, m, route)
@@ -195,6 +195,9 @@ def main(argv: list[str] | None = None) -> int:
         if key not in others:
             others[key] = baselines(*key)
             result["baselines"].append({"n": case.n, "k": case.k, "rows": case.rows, "us": others[key]})
+        if case.route == "wgmma" and not cuda.has_wgmma(torch.device("cuda")):
+            result["left_out"].append(asdict(case))
+            continue
         found = measure(case)
         fp16 = others[key]["cublas_fp16"]
         found |= {"share_of_copy": found["gb_per_s"] * 1e9 / copy, "times_fp16": fp16 / found["us"]}

@@ -36,11 +36,12 @@ INTEGER = ("LOP3", "SHF", "PRMT", "IADD3", "VIADD", "ISETP", "LEA", "SEL", "F2FP
 FORMATS = [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (8, 0)]  # bits, look-up
 DTYPES = ("Fp16", "Bf16")
 TILES = (32, 64, 128)
+WGMMA = 129  # in place of a tile's rows: warp-group products, sm_90 only
 # One of everything that changes the code; what CI has time for. (bits, look-up, dtype, grouped, rows)
 SMALL = [
     (1, 0, "Fp16", 1, 8), (2, 1, "Bf16", 1, 8), (4, 0, "Bf16", 1, 16), (8, 0, "Fp16", 0, 16), (4, 0, "Fp16", 0, 8),
     (1, 0, "Fp16", 0, 128), (2, 0, "Fp16", 0, 128), (4, 0, "Fp16", 1, 128), (4, 1, "Bf16", 1, 64),
-    (8, 0, "Fp16", 0, 32),
+    (8, 0, "Fp16", 0, 32), (4, 0, "Fp16", 0, WGMMA), (2, 1, "Bf16", 1, WGMMA),
 ]  # fmt: skip
 PAPER_SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192)]
 WANTED = {8: 0.85, 4: 0.85, 2: 0.75, 1: 0.60}  # share of the copy bandwidth
@@ -48,12 +49,11 @@ COPY_SHARE = 0.9  # of the data sheet's bandwidth: what large copies usually rea
 START_US = 2.0  # a kernel's start and end, when the one before has to end first; an assumption
 
 
-def kernels(small: bool) -> list[tuple]:
+def kernels(small: bool, arch: int) -> list[tuple]:
     """(bits, look-up, dtype, grouped, rows a block): 8 and 16 are the GEMV."""
-    if small:
-        return SMALL
-    rows = (8, 16, *TILES)
-    return [(b, t, d, g, m) for m, (b, t), d, g in itertools.product(rows, FORMATS, DTYPES, (0, 1))]
+    rows = (8, 16, *TILES, WGMMA)
+    every = [(b, t, d, g, m) for m, (b, t), d, g in itertools.product(rows, FORMATS, DTYPES, (0, 1))]
+    return [kernel for kernel in (SMALL if small else every) if arch >= 90 or kernel[4] != WGMMA]
 
 
 def is_gemv(kernel: tuple) -> bool:
@@ -62,9 +62,9 @@ def is_gemv(kernel: tuple) -> bool:
 
 def label(kernel: tuple) -> str:
     bits, table, dtype, grouped, rows = kernel
-    kind = f"gemv {bits} bits" if is_gemv(kernel) else f"gemm {bits} bits"
-    size = f"M<={rows}" if is_gemv(kernel) else f"M tile {rows}"
-    return f"{kind}{' look-up' if table else ''} {dtype} {size}{' grouped' if grouped else ''}"
+    kind = "gemv" if is_gemv(kernel) else "gemm"
+    size = f"M<={rows}" if is_gemv(kernel) else "wgmma" if rows == WGMMA else f"M tile {rows}"
+    return f"{kind} {bits} bits{' look-up' if table else ''} {dtype} {size}{' grouped' if grouped else ''}"
 
 
 def shape_of(kernel: tuple) -> str:
@@ -73,6 +73,8 @@ def shape_of(kernel: tuple) -> str:
     table, grouped = ("true" if v else "false" for v in (table, grouped))
     if is_gemv(kernel):
         return f"GemvShape<{bits}, {table}, {dtype}, {rows // 8}, {grouped}>"
+    if rows == WGMMA:
+        return f"WgmmaShape<{bits}, {table}, {dtype}, {grouped}>"
     return f"GemmTile<{bits}, {table}, {dtype}, {grouped}, {rows}>"
 
 
@@ -110,6 +112,9 @@ def shapes_on_host(wanted: list[tuple], folder: Path) -> list[dict]:
         if is_gemv(kernel):
             numbers = [f"{s}::kTiles * 32 * {s}::kDepth", f"{s}::kLoads * 16 * {s}::kDepth * {s}::kThreads"]
             arguments = [f"{s}::kColumns", f"{s}::kGrouped"]
+        elif kernel[4] == WGMMA:  # a loop pass has two chunks
+            numbers = ["2 * 32", f"{s}::kUnitsW * 16 * ({s}::kStages - 2)"]
+            arguments = [f"{s}::kGrouped"]
         else:
             numbers = [f"{s}::kTilesN * 32", f"{s}::kUnitsW * 16 * ({s}::kStages - 1)"]
             names = ("kGrouped", "kTilesN", "kTilesM", "kWarpsN", "kWarpsM", "kStages", "kBlocks")
@@ -133,11 +138,14 @@ def compile_kernels(wanted: list[tuple], arch: int, folder: Path) -> dict[tuple,
     """Registers, spills and machine code of every kernel, by its shape's arguments."""
     text = '#include "dispatch.cuh"\nnamespace lowbit::gpu {\n'
     for i, kernel in enumerate(wanted):
-        name = "qgemv_kernel" if is_gemv(kernel) else "qgemm_kernel"
-        text += f"using S{i} = {shape_of(kernel)};\ntemplate __global__ void {name}<S{i}>(LOWBIT_PARAM Args);\n"
+        name = "qgemv" if is_gemv(kernel) else "qwgmma" if kernel[4] == WGMMA else "qgemm"
+        args = "WgmmaArgs" if kernel[4] == WGMMA else "Args"
+        text += f"using S{i} = {shape_of(kernel)};\n"
+        text += f"template __global__ void {name}_kernel<S{i}>(LOWBIT_PARAM {args});\n"
     (folder / "kernels.cu").write_text(text + "}\n")
     cubin = folder / f"{arch}.cubin"
-    flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{SOURCES}", "-Xptxas", "-v", "-cubin"]
+    target = "90a" if arch == 90 else str(arch)
+    flags = ["-std=c++17", "-O3", f"-arch=sm_{target}", f"-I{SOURCES}", "-Xptxas", "-v", "-cubin"]
     log = run("nvcc", *flags, str(folder / "kernels.cu"), "-o", str(cubin))
     found = {}
     pattern = (
@@ -145,6 +153,8 @@ def compile_kernels(wanted: list[tuple], arch: int, folder: Path) -> dict[tuple,
     )
     for name, stack, spilled, registers in re.findall(pattern, log, re.S):
         found[name] = {"registers": int(registers), "stack": int(stack), "spilled": int(spilled)}
+        # ptxas says so where warp-group products cannot overlap with what prepares the next ones.
+        found[name]["serialized"] = bool(re.search(rf"serialized.*'{name}'", log))
     sass = run(cuobjdump(), "-sass", str(cubin))
     for part in sass.split("Function : ")[1:]:
         name, code = part.split("\n", 1)
@@ -153,8 +163,8 @@ def compile_kernels(wanted: list[tuple], arch: int, folder: Path) -> dict[tuple,
 
 
 def _arguments(name: str) -> tuple:
-    """Arguments of the GemvShape or GemmShape in a mangled kernel name."""
-    inner = re.search(r"Gem[vm]ShapeI(.*?)EEEEv", name)[1] + "E"
+    """Arguments of the shape in a mangled kernel name."""
+    inner = re.search(r"(?:Gem[vm]|Wgmma)ShapeI(.*?)EEEEv", name)[1] + "E"
     tokens = re.findall(r"L[ib](\d+)E|NS0_4(Fp16|Bf16)E", inner)
     return tuple(dtype or int(number) for number, dtype in tokens)
 
@@ -168,12 +178,12 @@ def main_loop(code: str) -> dict:
         target = re.search(r"BRA(?:\.\w+)*\s+(?:\S+,\s*)?`?\(?\.?(0x[0-9a-f]+)", text)
         if target and int(target[1], 16) < address:
             loop = [t for a, t in instructions if int(target[1], 16) <= a <= address]
-            if any("HMMA" in t for t in loop) and len(loop) > len(best):
+            if any("HMMA" in t or "HGMMA" in t for t in loop) and len(loop) > len(best):
                 best = loop
     wait = next((i for i, (_, text) in enumerate(instructions) if "ACQBULK" in text), 0)
     early = sum("LDG" in text or "STG" in text for _, text in instructions[:wait])
     names = [re.sub(r"^@!?U?P\w+\s+", "", t).split()[0].split(".")[0] for t in best]
-    count = {name: names.count(name) for name in ("HMMA", "LDG", "LDGSTS")}
+    count = {"tensor": names.count("HMMA") + names.count("HGMMA"), "copies": names.count("LDG") + names.count("LDGSTS")}
     return {
         "loop": len(best),
         "integer": sum(n in INTEGER for n in names),
@@ -277,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     result = []
     with tempfile.TemporaryDirectory() as folder:
         for arch in args.arch:
-            for record in examine(kernels(args.variants == "small"), arch, Path(folder)):
+            for record in examine(kernels(args.variants == "small", arch), arch, Path(folder)):
                 result.append(record)
                 print(
                     f"sm_{arch} {record['kernel']:38} {record['registers']:3} registers {record['spilled']} spilled "

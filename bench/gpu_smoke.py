@@ -8,11 +8,10 @@ from __future__ import annotations
 import sys
 
 import torch
-from gpu_common import worst_error
 
 from lowbit.kernels import cuda
 from lowbit.kernels.config import NATIVE_TILES
-from lowbit.kernels.tuned import random_weight
+from lowbit.kernels.tuned import random_weight, worst_error
 from lowbit.tables import BITS
 
 
@@ -34,6 +33,14 @@ def main() -> int:
                             )
                             return 1
                         launches += 1
+                if cuda.has_wgmma(x.device):
+                    for splits in (1, 2):
+                        y = torch.full((m, 70), torch.nan, device="cuda")
+                        cuda.linear(x, w, None, y, splits=splits, wgmma=True)
+                        if not worst_error(y, x, w) < 1e-5:
+                            print(f"smoke: wrong by warp-group products: {bits} bits, group {group}, {dtype}")
+                            return 1
+                        launches += 2
             y = torch.empty((3, 70), dtype=torch.float16, device="cuda")
             cuda.dense(torch.randn(3, 328, device="cuda").half(), w, None, y)
             cuda.rows(w, torch.tensor([0, 69], device="cuda"))

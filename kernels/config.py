@@ -90,12 +90,13 @@ CONFIGS: dict[tuple[int, int], KernelConfig] = {
     ))
 }  # fmt: skip
 
-# What serves (bits, bucket) on a GPU: "cuda" (csrc/cuda), "triton", or "dense" (panels of W unpacked to 16 bits and
-# multiplied by the library, where that costs less than what its faster product gains). `lowbit tune` measures.
+# What serves (bits, bucket) on a GPU: "cuda" (csrc/cuda), "wgmma" (its kernel for sm_90, elsewhere "cuda"), "triton",
+# or "dense" (panels of W unpacked to 16 bits and multiplied by the library, where that costs less than what its faster
+# product gains). These are estimates, measured nowhere; `lowbit tune` measures.
 ROUTES: dict[tuple[int, int], str] = {
     (bits, bucket): "dense" if most is None else "cuda" for bits in BITS for bucket, most in enumerate(BUCKETS)
 }
-ROUTE_NAMES = ("cuda", "triton", "dense")
+ROUTE_NAMES = ("cuda", "wgmma", "triton", "dense")
 NATIVE_TILES = (16, 32, 64, 128)  # rows of x a block of the CUDA kernels; 16 is the GEMV
 
 

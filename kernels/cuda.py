@@ -74,6 +74,7 @@ def linear(
     splits: int | None = None,
     tile_m: int | None = None,
     early: bool = True,
+    wgmma: bool = False,
 ) -> None:
     """y [M, N] = residual + activation(x W^T + bias), enqueued.
 
@@ -82,26 +83,37 @@ def linear(
         bias: fp32 [N] or None.
         y: of x's dtype or fp32, outputs adjacent; may be ``residual``, which has y's dtype and strides.
         splits, tile_m: instead of the table's (measurements, tests).
+        wgmma: by warp-group products, for which x is laid anew first (csrc/cuda/qwgmma.cuh); where has_wgmma() says so.
         early: from sm_90 on, start while the kernel before in the stream ends (programmatic dependent launch).
     """
     m = x.shape[0]
-    tile_m = tile_m or next((rows for rows in NATIVE_TILES if m <= rows), NATIVE_TILES[-1])
+    if wgmma or tile_m is None:
+        tile_m = next((rows for rows in NATIVE_TILES if m <= rows and not wgmma), NATIVE_TILES[-1])
     blocks = native_blocks(weight.bits, tile_m, m, weight.padded_rows)
     if splits is None:
         most = native_splits(weight.bits, tile_m, m, weight.padded_rows, weight.shape[1], processors(x.device))
         splits = most if blocks <= _COUNTERS else 1
     if splits > 1 and blocks > _COUNTERS:
         raise LowbitError(f"{blocks} tiles cannot be split along K: {_COUNTERS} counters")
-    partial = arrived = None
+    partial = arrived = packed = None
     queue = _queue(x.device)
+    if wgmma:
+        chunks = -(-weight.shape[1] // CHUNK)
+        packed = torch.empty((-(-m // tile_m), chunks, tile_m, CHUNK), dtype=x.dtype, device=x.device)
     if splits > 1:
         partial = torch.empty((splits, m, weight.padded_rows), dtype=torch.float32, device=x.device)
         arrived = _arrived(x.device, *queue)
     module().linear(
         view(weight), x.data_ptr(), x.stride(0), m, x.dtype == torch.bfloat16, _address(bias), _address(residual),
         ACTIVATIONS[activation], y.data_ptr(), y.stride(0), y.dtype == torch.float32, early, tile_m,
-        splits, _address(partial), _address(arrived), *queue,
+        splits, _address(partial), _address(arrived), _address(packed), *queue,
     )  # fmt: skip
+
+
+@functools.cache
+def has_wgmma(device: torch.device) -> bool:
+    """Whether the route "wgmma" exists: sm_90 (H100, H200), of an extension that was compiled for 90a."""
+    return module().has_wgmma(device.index if device.index is not None else torch.cuda.current_device())
 
 
 def dense(x: torch.Tensor, weight: GpuWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:

@@ -34,12 +34,13 @@ _OUTPUTS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def serves(bits: int, rows: int, device: torch.device) -> str:
-    """ "cuda", "triton" or "dense": which kernel multiplies ``rows`` >= 1 rows by a weight of this width."""
+    """ "cuda", "wgmma", "triton" or "dense": which kernel multiplies ``rows`` >= 1 rows by a weight of this width."""
     if device.type != "cuda" or cuda.module() is None:
         return "triton"
     if torch.cuda.is_available():
         tuned.apply_once(device)
-    return ROUTES[bits, bucket_of(rows)]
+    route = ROUTES[bits, bucket_of(rows)]
+    return "cuda" if route == "wgmma" and not cuda.has_wgmma(device) else route
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def linear(
         config: tile sizes of the Triton kernels instead of the table's (measurements, tests).
         residual: of the result's dtype and shape, or None.
         activation: None, "relu" or "gelu" (exact).
-        route: "cuda", "triton" or "dense" instead of the table's (measurements, tests).
+        route: "cuda", "wgmma", "triton" or "dense" instead of the table's (measurements, tests).
 
     Raises:
         LowbitError: shapes, dtypes or devices that do not fit; what shall run is missing; CPU tensors without the
@@ -88,10 +89,10 @@ def linear(
     y = torch.empty((rows, n), dtype=out_dtype, device=x.device)
     if rows:
         with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
-            if route == "cuda":
+            if route in ("cuda", "wgmma"):
                 fp32 = None if bias is None else bias.float()
                 before = None if residual is None else residual.reshape(rows, n).contiguous()  # strides of y
-                cuda.linear(cuda.whole_rows(x2), weight, fp32, y, before, activation)
+                cuda.linear(cuda.whole_rows(x2), weight, fp32, y, before, activation, wgmma=route == "wgmma")
                 return y.view(*x.shape[:-1], n)
             if route == "dense":
                 cuda.dense(x2, weight, bias, y)
@@ -115,6 +116,8 @@ def _route(route: str | None, config: KernelConfig | None, weight: GpuWeight, ro
         raise LowbitError(f"the CUDA kernels run on CUDA tensors, not on {device}")
     elif cuda.module() is None:
         raise LowbitError("the CUDA extension is not built: LOWBIT_CUDA=on pip install -e . (needs nvcc)")
+    elif route == "wgmma" and not cuda.has_wgmma(device):
+        raise LowbitError("the route wgmma needs an H100 or H200 and an extension that was built for 90a-real")
     return route
 
 

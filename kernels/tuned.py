@@ -142,3 +142,10 @@ def random_weight(n: int, k: int, bits: int, group: int | None, device: str, see
     padded = -(-n // ROW_PAD) * ROW_PAD
     scales = (torch.rand(-(-k // group), padded, generator=gen, device=device) + 0.5).half() / k**0.5
     return GpuWeight(codes, scales, table_tensor(find_table(bits)).to(device), (n, k), bits, group)
+
+
+def worst_error(y: torch.Tensor, x: torch.Tensor, weight, rows: int = 64) -> float:
+    """Relative error ||y - y64|| / ||y64|| of the first outputs of y [M, N] = x W^T against fp64."""
+    ids = torch.arange(min(rows, weight.shape[0]), device=x.device)
+    wanted = x.double() @ weight.dequantize_rows(ids).double().t()
+    return float((y[:, : len(ids)].double() - wanted).norm() / wanted.norm())

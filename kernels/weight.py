@@ -137,14 +137,8 @@ class GpuWeight:
     ) -> GpuWeight:
         """Re-lay canonical packed rows; the result is on the CPU, :meth:`to` moves it.
 
-        Args:
-            packed_rows: uint8 [N, ceil(k * bits / 8)], see :mod:`lowbit.bitpack`; not kept.
-            scale: fp16 [N, ceil(k / group)].
-            table: int8 [2**bits].
-            group: inputs a scale, a multiple of 64; None for one scale a row.
-
-        Raises:
-            LowbitError: a shape, dtype or value that does not fit.
+        Arguments as of :meth:`lowbit.ops.PackedWeight.from_canonical`: packed_rows uint8 [N, ceil(k * bits / 8)], scale
+        fp16 [N, ceil(k / group)], table int8 [2**bits]; LowbitError for what does not fit.
         """
         if bits not in BITS or not isinstance(k, int) or k <= 0:
             raise LowbitError(f"no GPU weight has {bits!r} bits and K = {k!r}")

@@ -40,6 +40,7 @@ class CLinear(ctypes.Structure):
         ("w", CWeight),
         ("x", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("residual", ctypes.c_void_p),
         ("y", ctypes.c_void_p), ("partial", ctypes.c_void_p), ("arrived", ctypes.c_void_p),
+        ("packed_x", ctypes.c_void_p),
         ("x_stride", ctypes.c_int64), ("y_stride", ctypes.c_int64),
         ("m", ctypes.c_int), ("splits", ctypes.c_int), ("activation", ctypes.c_int),
         ("bf16", ctypes.c_bool), ("y_fp32", ctypes.c_bool), ("early", ctypes.c_bool), ("tile_m", ctypes.c_int),
@@ -93,10 +94,10 @@ class Emulated:
         return CWeight(codes, scales, (ctypes.c_int8 * 16)(*levels), n, k, bits, group, lookup)
 
     def linear(self, w, x, x_stride, m, bf16, bias, residual, activation, y, y_stride, y_fp32, early, tile_m, splits,
-               partial, arrived, device, stream):  # fmt: skip
-        self.calls.append({"m": m, "splits": splits, "tile_m": tile_m, "arrived": arrived, "queue": (device, stream)})
-        call = CLinear(w, x, bias, residual, y, partial, arrived, x_stride, y_stride, m, splits, activation, bf16,
-                       y_fp32, early, tile_m)  # fmt: skip
+               partial, arrived, packed_x, device, stream):  # fmt: skip
+        self.calls.append({"splits": splits, "tile_m": tile_m, "arrived": arrived, "packed_x": packed_x})
+        call = CLinear(w, x, bias, residual, y, partial, arrived, packed_x, x_stride, y_stride, m, splits, activation,
+                       bf16, y_fp32, early, tile_m)  # fmt: skip
         self.host.call("host_linear", ctypes.byref(call), self.everywhere, 1, len(self.calls))
 
     def rows(self, w, ids, count, out, device, stream):
@@ -105,6 +106,9 @@ class Emulated:
 
     def panel(self, w, bf16, first_row, count, out, device, stream):
         self.host.call("host_panel", ctypes.byref(w), bf16, first_row, count, ctypes.c_void_p(out), self.everywhere, 1)
+
+    def has_wgmma(self, device):
+        return True
 
     def recording(self, device, stream):
         return self.graph

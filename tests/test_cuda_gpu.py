@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(w, x, *, tile_m, splits, bias=None, residual=None, y_dtype=torch.float32, activation=None):
+def run(w, x, *, tile_m, splits, bias=None, residual=None, y_dtype=torch.float32, activation=None, wgmma=False):
     """One launch of a CUDA kernel into NaN between guards."""
     m, n = x.shape[0], w.shape[0]
     whole = torch.full((m + 2, n), 777.0, dtype=y_dtype, device="cuda")
@@ -25,7 +25,7 @@ def run(w, x, *, tile_m, splits, bias=None, residual=None, y_dtype=torch.float32
     if residual is not None:
         y.copy_(residual)
     bias = None if bias is None else bias.cuda()
-    cuda.linear(x.cuda(), w, bias, y, None if residual is None else y, activation, splits, tile_m)
+    cuda.linear(x.cuda(), w, bias, y, None if residual is None else y, activation, splits, tile_m, wgmma=wgmma)
     torch.cuda.synchronize()
     assert bool((whole[0] == 777).all() and (whole[-1] == 777).all()), "write out of bounds"
     return y.cpu()
@@ -51,6 +51,21 @@ def test_cuda_kernels(bits, table, group, tile_m):
             for splits in (1, 3):
                 y = run(w, x, tile_m=tile_m, splits=splits, bias=bias)
                 check(y, x, dense, bias)
+
+
+@pytest.mark.parametrize("group", [None, 64, 128])
+@pytest.mark.parametrize(("bits", "table"), FORMATS, ids=str)
+def test_warp_group_products(bits, table, group):
+    if not cuda.has_wgmma(torch.device("cuda", 0)):
+        pytest.skip("needs an H100 or H200, and an extension compiled for 90a")
+    for i, (m, n, k) in enumerate([(130, 70, 380), (7, 33, 64), (300, 1000, 1160)]):
+        w, dense = weight(bits, table, n, k, group if k > 128 else None)
+        w = w.to("cuda")
+        for dtype in DTYPES:
+            x = activations(m, k, dtype)
+            bias = torch.randn(n) if i % 2 else None
+            for splits in (1, 3):
+                check(run(w, x, tile_m=128, splits=splits, bias=bias, wgmma=True), x, dense, bias)
 
 
 def test_residual_and_activation():

@@ -70,7 +70,8 @@ def test_unpacking_is_exact(bits, table, dtype, host):
                 assert float(levels[i, e]) == w.levels[code], (half, i, e, code)
 
 
-def run(host, w, x, *, tile_m, splits=1, bias=None, residual=None, y_dtype=None, activation=0, seed=0):
+def run(host, w, x, *, tile_m, splits=1, bias=None, residual=None, y_dtype=None, activation=0, seed=0,
+        wgmma=False):  # fmt: skip
     """One launch with y, partial sums and counters in arrays of their exact size, NaN before."""
     m, n = x.shape[0], w.shape[0]
     y = torch.full((m, n), torch.nan, dtype=y_dtype or x.dtype)
@@ -78,12 +79,15 @@ def run(host, w, x, *, tile_m, splits=1, bias=None, residual=None, y_dtype=None,
         y.copy_(residual)  # added in place, as the engine does
     partial = torch.full((splits, m, w.padded_rows), torch.nan)
     arrived = torch.zeros(-(-m // max(tile_m, 1)) * w.padded_rows // 32, dtype=torch.int32)
+    shape = (-(-m // 128), -(-w.shape[1] // 64), 128, 64)
+    packed = torch.full(shape, torch.nan, dtype=x.dtype) if wgmma else None
     call = CLinear(
         CWeight.of(w), x.data_ptr(), 0 if bias is None else bias.data_ptr(), 0 if residual is None else y.data_ptr(),
-        y.data_ptr(), partial.data_ptr(), arrived.data_ptr(), x.stride(0), y.stride(0), m, splits, activation,
+        y.data_ptr(), partial.data_ptr(), arrived.data_ptr(),
+        0 if packed is None else packed.data_ptr(), x.stride(0), y.stride(0), m, splits, activation,
         x.dtype == torch.bfloat16, y.dtype == torch.float32, True, tile_m,
     )  # fmt: skip
-    host.call("host_linear", ctypes.byref(call), *arrays(w.codes, w.scales, x, bias, y, partial, arrived), seed)
+    host.call("host_linear", ctypes.byref(call), *arrays(w.codes, w.scales, x, bias, y, partial, arrived, packed), seed)
     assert not bool(arrived.any()), "counters are left at zero"
     return y
 
@@ -136,6 +140,21 @@ def test_gemm(bits, table, tile_m, host):
     check(y, x, dense, bias)
     found, ideal, products = host.counts()
     assert products > 0 and (found - ideal) / ideal <= 0.01, "shared-memory bank conflicts"
+
+
+@pytest.mark.parametrize("group", [None, 64, 128])
+@pytest.mark.parametrize(("bits", "table"), FORMATS, ids=str)
+def test_warp_group_products(bits, table, group, host):
+    """Ragged edges on all sides, one chunk and more than there are stages; both types of x."""
+    turn = FORMATS.index((bits, table)) + (group or 0) // 64
+    for i, (m, n, k, splits) in enumerate([(130, 66, 380, 1), (7, 130, 60, 1), (128, 200, 650, 2)]):
+        w, dense = weight(bits, table, n, k, group if k > 64 else None)
+        x = activations(m, k, DTYPES[(turn + i) % 2])
+        bias = torch.randn(n) if i else None
+        y = run(host, w, x, tile_m=128, splits=splits, bias=bias, y_dtype=torch.float32, seed=turn, wgmma=True)
+        check(y, x, dense, bias)
+        found, ideal, products = host.counts()
+        assert products > 0 and (found - ideal) / ideal <= 0.01, "shared-memory bank conflicts"
 
 
 @pytest.mark.parametrize("tile_m", [16, 32])
@@ -211,7 +230,7 @@ def test_the_machine_finds_what_it_looks_for(host):
     x = activations(2, 128, torch.float16)
     y = torch.empty(2, 64)
     call = CLinear(
-        CWeight.of(w), x.data_ptr(), 0, 0, y.data_ptr(), 0, 0, x.stride(0), 64, 2, 1, 0, False, True, True, 16
+        CWeight.of(w), x.data_ptr(), 0, 0, y.data_ptr(), 0, 0, 0, x.stride(0), 64, 2, 1, 0, False, True, True, 16
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="outside of every array"):
         host.call("host_linear", ctypes.byref(call), *arrays(w.codes, w.scales, x[:1], y), 0)

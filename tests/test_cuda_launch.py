@@ -11,7 +11,7 @@ from cuda_host import Emulated, emulate
 from test_cuda_host import DTYPES, FORMATS, check, weight
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import cuda, linear
+from lowbit.kernels import config, cuda, launch, linear
 from lowbit.kernels.config import NATIVE_TILES, native_splits
 
 
@@ -63,6 +63,28 @@ def test_dense_panels(dtype, emulated, monkeypatch):
     # Two roundings to 16 bits, of the product and after the bias, and the library's fp32 sums.
     unit = 2.0**-10 if dtype == torch.float16 else 2.0**-7
     assert bool(((y - x.double() @ rounded.T - bias.double()).abs() <= (unit + 380 * 2.0**-23) * size).all())
+
+
+def test_warp_group_products(emulated):
+    w, dense = weight(2, None, 70, 380)
+    for m in (1, 129):
+        x, residual = torch.randn(m, 380).half(), torch.randn(m, 70)
+        check(linear(x, w, None, torch.float32, residual=residual, route="wgmma"), x, dense, residual=residual)
+        assert emulated.calls[-1]["packed_x"] and emulated.calls[-1]["tile_m"] == 128
+
+
+def test_where_there_are_no_warp_group_products(emulated, monkeypatch):
+    """The table's choice gives way, a caller's is an error."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(cuda, "has_wgmma", lambda device: False)
+    monkeypatch.setattr(launch.tuned, "apply_once", lambda device: None)
+    monkeypatch.setitem(config.ROUTES, (2, 3), "wgmma")
+    assert launch.serves(2, 100, device) == "cuda"
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda, "module", lambda: emulated)
+    monkeypatch.setattr(cuda, "has_wgmma", lambda device: False)
+    with pytest.raises(LowbitError, match="the route wgmma needs an H100 or H200"):
+        launch._route("wgmma", None, None, 1, device)
 
 
 def test_rows(emulated):

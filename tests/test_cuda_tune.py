@@ -90,6 +90,7 @@ def measured(tables, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "G 1")
     monkeypatch.setattr("lowbit.kernels.cuda.module", lambda: object())
+    monkeypatch.setattr("lowbit.kernels.cuda.has_wgmma", lambda device: True)
     return calls
 
 
@@ -104,6 +105,7 @@ def test_tuning_keeps_what_it_has_measured(measured, tmp_path, capsys):
     found = tuned.read(out, "G 1")
     assert set(found) == {(bits, bucket) for bits in (2, 4) for bucket in range(len(BUCKETS))}
     assert found[2, 0][0] == "cuda" and found[2, 2][0] == "triton"
+    assert any(name.startswith("wgmma") for case in result["measured"] for name in case["us"])
     assert tune.main(["--bits", "2", "--force", "--out", str(out)]) == 0 and len(measured) == 3 * len(BUCKETS)
 
 
@@ -126,13 +128,16 @@ def test_where_nothing_runs(measured, monkeypatch, tmp_path, capsys):
     assert "no kernel of 2 bits runs here with 1 rows" in capsys.readouterr().err
 
 
-def test_candidates_are_few_and_valid():
+@pytest.mark.parametrize("built", [False, True])
+def test_candidates_are_few_and_valid(built, monkeypatch):
+    monkeypatch.setattr("lowbit.kernels.cuda.module", lambda: object() if built else None)
+    monkeypatch.setattr("lowbit.kernels.cuda.has_wgmma", lambda device: True)
     for bits in (1, 2, 4, 8):
         for bucket, most in enumerate(BUCKETS):
             found = list(tune.candidates(bits, bucket, most or 4096))
-            assert 2 <= len(found) <= 9
+            assert 2 <= len(found) <= 10
             for route, entry in found:
-                assert route in config.ROUTE_NAMES and entry.block_n % 16 == 0
+                assert (route in config.ROUTE_NAMES if built else route == "triton") and entry.block_n % 16 == 0
                 assert (entry.block_m <= 16) == (most is not None and most <= 16)
 
 

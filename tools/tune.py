@@ -14,6 +14,7 @@ from lowbit.tools import cli
 _SIZE = (4096, 4096)  # outputs, inputs
 _LARGE = 4096  # rows that stand for "any number"
 _COLD_BYTES = 256 * 2**20
+_TOLERANCE = 2e-3  # of fp16 results, relative
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,12 +64,16 @@ def best(found: Sequence[tuple[float, str, Any]]) -> tuple[str, Any]:
 
 def candidates(bits: int, bucket: int, rows: int) -> Iterator[tuple[str, Any]]:
     """(route, tiles) worth a measurement: a bounded list."""
+    import torch
+
     from lowbit.kernels import cuda
     from lowbit.kernels.config import CONFIGS, GEMV_MAX_ROWS
 
     base = CONFIGS[bits, bucket]
     if cuda.module() is not None:
         yield "cuda", base
+        if rows > GEMV_MAX_ROWS and cuda.has_wgmma(torch.device("cuda")):
+            yield "wgmma", base
         if rows >= 256:
             yield "dense", base
     seen = []
@@ -89,7 +94,7 @@ def measure(bits: int, bucket: int, rows: int, say: Callable[[str], None]) -> It
     import torch
 
     from lowbit.kernels import linear
-    from lowbit.kernels.tuned import random_weight, seconds_a_call
+    from lowbit.kernels.tuned import random_weight, seconds_a_call, worst_error
 
     copies = max(1, _COLD_BYTES * 8 // (_SIZE[0] * _SIZE[1] * bits)) if rows <= 64 else 1
     weights = [random_weight(*_SIZE, bits, None, "cuda", seed) for seed in range(copies)]
@@ -97,6 +102,9 @@ def measure(bits: int, bucket: int, rows: int, say: Callable[[str], None]) -> It
     for route, config in candidates(bits, bucket, rows):
         tiles = config if route == "triton" else None
         try:
+            error = worst_error(linear(x, weights[0], config=tiles, route=route), x, weights[0])
+            if not error < _TOLERANCE:
+                raise LowbitError(f"wrong result, relative error {error:g}: {bits} bits, {rows} rows, {route} {config}")
             seconds = seconds_a_call([lambda w=w, r=route, t=tiles: linear(x, w, config=t, route=r) for w in weights])
         except RuntimeError as error:  # a tile that this GPU has no room for: Triton's OutOfResources is one
             say(f"{route} {config}: {str(error).splitlines()[0][:100]}")

@@ -5,7 +5,9 @@
 namespace lowbit::gpu {
 
 void linear(const Linear& call, Queue queue) {
-  if (call.tile_m <= 16) {
+  if (call.packed_x != nullptr) {
+    call.bf16 ? launch_wgmma<Bf16>(call, queue) : launch_wgmma<Fp16>(call, queue);
+  } else if (call.tile_m <= 16) {
     call.bf16 ? launch_gemv<Bf16>(call, queue) : launch_gemv<Fp16>(call, queue);
   } else {
     call.bf16 ? launch_gemm<Bf16>(call, queue) : launch_gemm<Fp16>(call, queue);
@@ -32,6 +34,17 @@ void launch_panel(const Weight& w, int first_row, int count, void* out, Queue qu
 void panel(const Weight& w, bool bf16, int first_row, int count, void* out, Queue queue) {
   bf16 ? launch_panel<Bf16>(w, first_row, count, out, queue)
        : launch_panel<Fp16>(w, first_row, count, out, queue);
+}
+
+bool has_wgmma([[maybe_unused]] int device) {
+#ifdef LOWBIT_WGMMA
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+  return major == 9 && minor == 0;
+#else
+  return false;
+#endif
 }
 
 uint64_t recording(Queue queue) {

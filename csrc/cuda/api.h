@@ -18,6 +18,7 @@ struct Linear {
   Weight w;
   const void *x, *bias, *residual;
   void *y, *partial, *arrived;
+  void* packed_x;  // workspace of qwgmma.cuh, which then does the product, or null
   int64_t x_stride, y_stride;
   int m, splits, activation;
   bool bf16, y_fp32;
@@ -31,10 +32,13 @@ struct Queue {
   void* stream;
 };
 
-// These enqueue one kernel each; std::runtime_error with CUDA's reason where that fails.
+// These enqueue one kernel each, linear() with packed_x two; std::runtime_error with CUDA's reason where that fails.
 void linear(const Linear& call, Queue queue);
 void rows(const Weight& w, const void* ids, int64_t count, void* out, Queue queue);
 void panel(const Weight& w, bool bf16, int first_row, int rows, void* out, Queue queue);
+
+// Whether linear() may be called with packed_x: on sm_90, of an extension that was compiled for 90a.
+bool has_wgmma(int device);
 
 // The number of the graph that is being recorded on the stream, 0 where none is: unique in a process.
 uint64_t recording(Queue queue);

@@ -37,12 +37,14 @@ PYBIND11_MODULE(_CUDA, m) {
       "linear",
       [](const Weight& w, std::uintptr_t x, int64_t x_stride, int rows, bool bf16, std::uintptr_t bias,
          std::uintptr_t residual, int activation, std::uintptr_t y, int64_t y_stride, bool y_fp32, bool early,
-         int tile_m, int splits, std::uintptr_t partial, std::uintptr_t arrived, int device,
-         std::uintptr_t stream) {
+         int tile_m, int splits, std::uintptr_t partial, std::uintptr_t arrived, std::uintptr_t packed_x,
+         int device, std::uintptr_t stream) {
         py::gil_scoped_release release;
-        const Linear call{
-            w,        read(x), read(bias), read(residual), write(y), write(partial), write(arrived), x_stride,
-            y_stride, rows,    splits,     activation,     bf16,     y_fp32,         early,          tile_m};
+        const Linear call{w,          read(x),        read(bias),     read(residual),
+                          write(y),   write(partial), write(arrived), write(packed_x),
+                          x_stride,   y_stride,       rows,           splits,
+                          activation, bf16,           y_fp32,         early,
+                          tile_m};
         linear(call, Queue{device, write(stream)});
       },
       "y = residual + activation(x W^T + bias)");
@@ -62,6 +64,7 @@ PYBIND11_MODULE(_CUDA, m) {
         panel(w, bf16, first_row, count, write(out), Queue{device, write(stream)});
       },
       "dense rows [first_row, first_row + count) of W, multiples of 64, inputs padded to 64");
+  m.def("has_wgmma", &has_wgmma, "whether linear() may be given packed_x on a device");
   m.def(
       "recording",
       [](int device, std::uintptr_t stream) {

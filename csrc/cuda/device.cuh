@@ -14,7 +14,7 @@ LOWBIT_DEVICE void barrier() { __syncthreads(); }
 LOWBIT_DEVICE void fence() { __threadfence(); }
 
 LOWBIT_DEVICE char* shared_memory() {
-  extern __shared__ __align__(16) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 
@@ -105,5 +105,69 @@ LOWBIT_DEVICE void mma(T, float (&d)[4], const uint32_t* a, const uint32_t* b) {
   }
 }
 #undef LOWBIT_MMA
+
+// Warp-group products (sm_90a): d[64, 128] += a[64, 16] b[16, 128] by 128 threads, fp32 sums, behind the program's back:
+// neither d nor a may be touched, nor the shared memory of b overwritten, until wait_products has said so. Warp w has
+// outputs 16 w .., lanes as in mma; column tile j of d is d[j]. b lies in shared memory in 128 rows of 64 inputs whose
+// 16-byte units are exchanged, unit u of row r at u ^ (r % 8) ("128-byte swizzle"), from a multiple of 1,024 bytes on;
+// `step` selects 16 of the 64 inputs (PTX ISA, wgmma.mma_async and matrix-descriptor).
+LOWBIT_DEVICE uint64_t descriptor(const Vec4* b, int step) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(b)) + 32 * step;
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 / 16} << 32;
+  return kSwizzle128 | kEightRows | uint64_t{1} << 16 | (address & 0x3FFFFu) >> 4;
+}
+#define LOWBIT_SUMS(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define LOWBIT_WGMMA(type)                                                                                \
+  asm volatile(                                                                                           \
+      "{.reg .pred p; setp.ne.b32 p, 1, 0; "                                                              \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                        \
+      " {"                                                                                                \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                            \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                  \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                  \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                 \
+      "{%64, %65, %66, %67}, %68, p, 1, 1, 0;}"                                                           \
+      : LOWBIT_SUMS(0), LOWBIT_SUMS(1), LOWBIT_SUMS(2), LOWBIT_SUMS(3), LOWBIT_SUMS(4), LOWBIT_SUMS(5),   \
+        LOWBIT_SUMS(6), LOWBIT_SUMS(7), LOWBIT_SUMS(8), LOWBIT_SUMS(9), LOWBIT_SUMS(10), LOWBIT_SUMS(11), \
+        LOWBIT_SUMS(12), LOWBIT_SUMS(13), LOWBIT_SUMS(14), LOWBIT_SUMS(15)                                \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(b, step)))
+template <class T>
+LOWBIT_DEVICE void wgmma(T, float (&d)[16][4], const uint32_t* a, const Vec4* b, int step) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (std::is_same_v<T, Fp16>) {
+    LOWBIT_WGMMA("f16");
+  } else {
+    LOWBIT_WGMMA("bf16");
+  }
+#else
+  __trap();  // the host launches this on sm_90a only
+#endif
+}
+#undef LOWBIT_WGMMA
+#undef LOWBIT_SUMS
+
+// Before the first product, and after registers of one were written.
+LOWBIT_DEVICE void begin_products() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+LOWBIT_DEVICE void commit_products() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int kPending>
+LOWBIT_DEVICE void wait_products() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#endif
+}
+// What this thread has written to shared memory is seen by warp-group products after the next barrier.
+LOWBIT_DEVICE void publish_shared() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 
 }  // namespace lowbit::gpu

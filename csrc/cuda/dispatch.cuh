@@ -7,6 +7,7 @@
 #include "api.h"
 #include "qgemm.cuh"
 #include "qgemv.cuh"
+#include "qwgmma.cuh"
 #include "rows.cuh"
 
 namespace lowbit::gpu {
@@ -77,6 +78,13 @@ void with_gemv_shape(const Linear& call, const F& f) {
   });
 }
 
+template <class T, class F>
+void with_wgmma_shape(const Linear& call, const F& f) {
+  with_format(call.w, [&](auto bits, auto lookup) {
+    with_bool(grouped(call.w), [&](auto kGrouped) { f(WgmmaShape<bits, lookup, T, kGrouped>{}); });
+  });
+}
+
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline int chunks_of(const Weight& w) { return ceil_div(w.k, kChunk); }
 inline int padded_rows(const Weight& w) { return ceil_div(w.n, kRowPad) * kRowPad; }
@@ -110,6 +118,23 @@ template <class S>
 int gemm_blocks(const Args& p) {
   return ceil_div(p.m, S::kMaxM) * ceil_div(p.n_padded, S::kRows);
 }
+
+template <class T>
+WgmmaArgs wgmma_args(const Linear& call) {
+  return {args_of<T>(call), static_cast<const Vec4*>(call.packed_x)};
+}
+inline PackArgs pack_args(const Linear& call) {
+  const int chunks = chunks_of(call.w);
+  const int64_t units = int64_t{ceil_div(call.m, kPackRows)} * chunks * kPackUnits;
+  return {static_cast<const uint32_t*>(call.x),
+          static_cast<Vec4*>(call.packed_x),
+          call.x_stride / 2,
+          units,
+          call.m,
+          call.w.k,
+          chunks};
+}
+inline int pack_blocks(const PackArgs& p) { return static_cast<int>(p.units / kPackThreads); }
 
 inline RowsArgs rows_args(const Weight& w, const void* ids, int64_t count, void* out) {
   RowsArgs p{};

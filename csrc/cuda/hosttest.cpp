@@ -42,6 +42,17 @@ void keep_counts(const simt::Machine& m) {
 template <class T>
 void run_linear(simt::Machine& machine, const Linear& call) {
   const Args p = args_of<T>(call);
+  if (call.packed_x) {
+    const PackArgs pack = pack_args(call);
+    machine.launch(pack_blocks(pack), 1, kPackThreads, 0, [&] { pack_x_kernel<kPackThreads>(pack); });
+    machine.early = true;
+    const WgmmaArgs both = wgmma_args<T>(call);
+    return with_wgmma_shape<T>(call, [&](auto shape) {
+      using S = decltype(shape);
+      machine.launch(gemm_blocks<S>(p), call.splits, S::kThreads, S::kSharedBytes,
+                     [&] { qwgmma_kernel<S>(both); });
+    });
+  }
   machine.early = true;
   if (call.tile_m <= 16) {
     with_gemv_shape<T>(call, [&](auto shape) {

@@ -73,12 +73,12 @@ void launch(dim3 grid, int threads, int shared_bytes, Queue queue, const Argumen
   check(cudaLaunchKernelEx(&config, kKernel, arguments), what);
 }
 
-// Where the kernels of csrc/cuda may run as they are: the least that a block may have on GPUs of sm_80 and later.
-constexpr int kMostSharedBytes = 99 * 1024;
+// The least that a block may have on GPUs of sm_80 and later, and what it may have on sm_90.
+constexpr int kSharedBytesAnywhere = 99 * 1024, kSharedBytesHopper = 227 * 1024;
 
-template <auto* kKernel, class S>
-void launch_product(int blocks, const Linear& call, const Args& p, Queue queue, const char* what) {
-  static_assert(S::kSharedBytes <= kMostSharedBytes && S::kThreads <= 1024);
+template <auto* kKernel, class S, int kMost = kSharedBytesAnywhere, class Arguments>
+void launch_product(int blocks, const Linear& call, const Arguments& p, Queue queue, const char* what) {
+  static_assert(S::kSharedBytes <= kMost && S::kThreads <= 1024);
   launch<kKernel>(dim3(blocks, call.splits), S::kThreads, S::kSharedBytes, queue, p, call.early, what);
 }
 
@@ -100,10 +100,25 @@ void launch_gemm(const Linear& call, Queue queue) {
   });
 }
 
+template <class T>
+void launch_wgmma(const Linear& call, Queue queue) {
+  const PackArgs pack = pack_args(call);
+  launch<&pack_x_kernel<kPackThreads>>(dim3(pack_blocks(pack)), kPackThreads, 0, queue, pack, false,
+                                       "pack_x");
+  with_wgmma_shape<T>(call, [&](auto shape) {
+    using S = decltype(shape);
+    const WgmmaArgs p = wgmma_args<T>(call);
+    launch_product<&qwgmma_kernel<S>, S, kSharedBytesHopper>(gemm_blocks<S>(p.product), call, p, queue,
+                                                             "qwgmma");
+  });
+}
+
 // One translation unit each, compiled side by side.
 extern template void launch_gemv<Fp16>(const Linear&, Queue);
 extern template void launch_gemv<Bf16>(const Linear&, Queue);
 extern template void launch_gemm<Fp16>(const Linear&, Queue);
 extern template void launch_gemm<Bf16>(const Linear&, Queue);
+extern template void launch_wgmma<Fp16>(const Linear&, Queue);
+extern template void launch_wgmma<Bf16>(const Linear&, Queue);
 
 }  // namespace lowbit::gpu

@@ -44,21 +44,31 @@ LOWBIT_HD constexpr Tile tile_of(int block, int tiles_m, int tiles_n) {
 
 LOWBIT_HD constexpr int x_unit(int row, int unit) { return row * 8 + (unit ^ (row & 1)); }
 
+// The weights of a chunk, for all outputs of a block.
 template <class S>
-LOWBIT_DEVICE void copy_stage(const Args& p, const Tile& tile, int chunk, Vec4* stage) {
-  for (int i = thread_index(); i < S::kUnitsX; i += S::kThreads) {
-    const int row = i / 8, unit = i % 8, m = tile.m * S::kMaxM + row, k = chunk * kChunk + unit * 8;
-    const bool inside = m < p.m && k < p.k;
-    copy_async(stage + x_unit(row, unit), p.x + (inside ? m * p.x_stride + k : 0), inside ? 16 : 0);
-  }
+LOWBIT_DEVICE void copy_weights(const Args& p, const Tile& tile, int chunk, Vec4* to) {
   constexpr int kPer = vectors(S::kBits) * 32, kBlockRows = block_rows(S::kBits);
-  for (int i = thread_index(); i < S::kUnitsW; i += S::kThreads) {
+  LOWBIT_UNROLL
+  for (int c = 0; c < (S::kUnitsW + S::kThreads - 1) / S::kThreads; ++c) {
+    const int i = c * S::kThreads + thread_index();
+    if (S::kUnitsW % S::kThreads != 0 && i >= S::kUnitsW) break;
     // A tile of 128 outputs may begin in the last 64: the others are not stored.
     const int wanted = tile.n * (S::kRows / kBlockRows) + i / kPer, most = p.n_padded / kBlockRows - 1;
     const int block = wanted < most ? wanted : most;
-    copy_async(stage + S::kUnitsX + i, p.codes + vector_index(S::kBits, block, chunk, 0, p.chunks) + i % kPer,
-               16);
+    copy_async(to + i, p.codes + vector_index(S::kBits, block, chunk, 0, p.chunks) + i % kPer, 16);
   }
+}
+
+template <class S>
+LOWBIT_DEVICE void copy_stage(const Args& p, const Tile& tile, int chunk, Vec4* stage) {
+  LOWBIT_UNROLL
+  for (int c = 0; c < S::kUnitsX / S::kThreads; ++c) {
+    const int i = c * S::kThreads + thread_index(), row = i / 8, unit = i % 8, m = tile.m * S::kMaxM + row,
+              k = chunk * kChunk + unit * 8;
+    const bool inside = m < p.m && k < p.k;
+    copy_async(stage + x_unit(row, unit), p.x + (inside ? m * p.x_stride + k : 0), inside ? 16 : 0);
+  }
+  copy_weights<S>(p, tile, chunk, stage + S::kUnitsX);
 }
 
 // A lane's words of half a chunk of tile `tile` of a block, from the weights of a stage.
