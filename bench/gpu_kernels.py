@@ -226,7 +226,11 @@ def dry_run() -> int:
         assert worst_error(x.float() @ weight.dequantize().t(), x, weight) < 1e-5
         if cuda.module() is not None:
             cuda.view(weight)
-    built = "is built" if cuda.module() is not None else "is NOT built"
+    module = cuda.module()
+    built = "is NOT built" if module is None else "is built"
+    if module is not None:
+        built += ", with" if module.built_for_wgmma else ", without"
+        built += " warp-group products"
     print(f"dry run: lowbit._CUDA {built}; the next step is a launch")
     return 0
 

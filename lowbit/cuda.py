@@ -81,10 +81,13 @@ class DecodeStep:
         self.log_probs = torch.zeros(config.vocab_size, device=device)
         self.qkv = [fuse([a.q, a.k, a.v]) for a in (layer.attn for layer in model.layers)]
         self._held: list[Block] = []
+        self._stream: torch.cuda.Stream | None = None  # of the last step
         self._graph = self._capture() if device.type == "cuda" else None
 
     def run(self, past: Block | None, token: int) -> Block:
         """The block of ``token`` after ``past``; the log-probabilities of what follows are in ``log_probs``."""
+        if self.device.type == "cuda":
+            self._follow(torch.cuda.current_stream(self.device))
         at = self._bring(past)
         self.token.fill_(token)
         self.position.fill_(at)
@@ -96,6 +99,12 @@ class DecodeStep:
         block = Block(past, at + 1, (kv, self.normed[0, : self.x.shape[1]].float()))
         self._held.append(block)
         return block
+
+    def _follow(self, stream: torch.cuda.Stream) -> None:
+        """Steps share the cache and their buffers: a thread with another current stream waits for the step before."""
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
 
     def _bring(self, past: Block | None) -> int:
         """Make the cache hold the path to ``past``; its length in tokens."""

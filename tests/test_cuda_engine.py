@@ -14,7 +14,7 @@ from test_triton_linear import interpreter_switch  # noqa: F401  the kernels rea
 from lowbit import ModelConfig, quantize
 from lowbit.backend import TorchBackend
 from lowbit.container import write_packed
-from lowbit.cuda import CudaBackend, fuse
+from lowbit.cuda import CudaBackend, DecodeStep, fuse
 from lowbit.engine import LanguageModel
 from lowbit.forest import tries
 from lowbit.gpu_layers import GpuLinear
@@ -92,6 +92,23 @@ def test_the_language_model_generates(models):
     text = lm.generate("w1 w2", 12, temperature=0)
     assert text.startswith("w1 w2")
     assert text == LanguageModel(reference, backend.model.config, loaded.vocab).generate("w1 w2", 12, temperature=0)
+
+
+def test_steps_on_several_streams_follow_each_other():
+    """A thread may have a current stream of its own, and the cache is one."""
+
+    class Stream:
+        def __init__(self):
+            self.waited: list[Stream] = []
+
+        def wait_stream(self, other: Stream) -> None:
+            self.waited.append(other)
+
+    step, a, b = DecodeStep.__new__(DecodeStep), Stream(), Stream()
+    step._stream = None
+    for stream in (a, a, b, b, a):
+        step._follow(stream)
+    assert a.waited == [b] and b.waited == [a]
 
 
 @pytest.mark.parametrize("group", [None, 64])

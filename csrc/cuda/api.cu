@@ -36,15 +36,20 @@ void panel(const Weight& w, bool bf16, int first_row, int count, void* out, Queu
        : launch_panel<Fp16>(w, first_row, count, out, queue);
 }
 
-bool has_wgmma([[maybe_unused]] int device) {
-#ifdef LOWBIT_WGMMA
+bool built_for_wgmma() {
+#ifdef LOWBIT_BUILT_FOR_WGMMA
+  return true;
+#else
+  return false;
+#endif
+}
+
+bool has_wgmma(int device) {
+  if (!built_for_wgmma()) return false;
   int major = 0, minor = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
   return major == 9 && minor == 0;
-#else
-  return false;
-#endif
 }
 
 uint64_t recording(Queue queue) {

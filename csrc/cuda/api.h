@@ -39,6 +39,7 @@ void panel(const Weight& w, bool bf16, int first_row, int rows, void* out, Queue
 
 // Whether linear() may be called with packed_x: on sm_90, of an extension that was compiled for 90a.
 bool has_wgmma(int device);
+bool built_for_wgmma();
 
 // The number of the graph that is being recorded on the stream, 0 where none is: unique in a process.
 uint64_t recording(Queue queue);

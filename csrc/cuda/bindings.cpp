@@ -64,6 +64,7 @@ PYBIND11_MODULE(_CUDA, m) {
         panel(w, bf16, first_row, count, write(out), Queue{device, write(stream)});
       },
       "dense rows [first_row, first_row + count) of W, multiples of 64, inputs padded to 64");
+  m.attr("built_for_wgmma") = built_for_wgmma();
   m.def("has_wgmma", &has_wgmma, "whether linear() may be given packed_x on a device");
   m.def(
       "recording",
