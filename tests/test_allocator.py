@@ -16,7 +16,7 @@ GLIBC = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 # Allocates, touches and frees 64 MiB ten times: page faults by kernel pages, and what the process holds before that.
 CODE = """
 import resource
-from lowbit.tools.training.allocator import keep_freed_memory
+from lowbit.tools.training.allocator import keep_freed_memory, release_freed_memory
 usage = lambda: resource.getrusage(resource.RUSAGE_SELF)
 before = usage().ru_maxrss
 done = keep_freed_memory()
@@ -25,7 +25,11 @@ bytes(bytearray(64 << 20))
 faults = usage().ru_minflt
 for _ in range(10):
     bytearray(b"x") * (64 << 20)
-print(done, keep_freed_memory(), held, usage().ru_minflt - faults)
+faults = usage().ru_minflt - faults
+kept = int(open("/proc/self/statm").read().split()[1])
+release_freed_memory()
+released = kept - int(open("/proc/self/statm").read().split()[1])
+print(done, keep_freed_memory(), held, faults, released)
 """
 
 
@@ -39,10 +43,11 @@ def run(**environment: str) -> list[str]:
 
 @pytest.mark.skipif(not GLIBC, reason="mallopt is glibc's")
 def test_freed_memory_is_kept_and_the_reserve_costs_none():
-    done, again, held, faults = run()
+    done, again, held, faults, released = run()
     assert done == again == "True"
     assert int(held) < 20 << 10  # KiB, of a reserve of 1 GiB
     assert int(faults) < 10 * 16384 / 4  # 64 MiB are 16,384 pages of 4 KiB
+    assert int(released) > 8192
 
 
 @pytest.mark.parametrize("setting", [{"MALLOC_ARENA_MAX": "2"}, {"GLIBC_TUNABLES": "glibc.malloc.check=0"}])
@@ -58,6 +63,7 @@ def test_other_systems_are_left_alone(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(allocator.platform, "libc_ver", lambda: ("musl", "1.2"))
         assert allocator.keep_freed_memory.__wrapped__() is False
+        allocator.release_freed_memory()
     with monkeypatch.context() as m:
         m.setattr(allocator.sys, "platform", "darwin")
         assert allocator.keep_freed_memory.__wrapped__() is False

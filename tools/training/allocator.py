@@ -20,12 +20,12 @@ def keep_freed_memory() -> bool:
 
     glibc takes every large block fresh from the kernel and gives it back when freed (above a limit that rises to 32
     MiB at most). A training step frees and asks for the same tensors again and again, so that the kernel clears
-    hundreds of megabytes of pages a step: about a sixth of its time. The process keeps its peak of memory until it
-    ends, which a training process does anyway; what is reserved beyond it takes addresses, not memory.
+    hundreds of megabytes of pages a step: about a sixth of its time. From here on the process keeps its peak of memory
+    until :func:`release_freed_memory`; what is reserved beyond it takes addresses, not memory.
 
     Does nothing on other C libraries, or where the environment sets malloc's options.
     """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or _set_by_user():
+    if not _has_glibc() or _set_by_user():
         return False
     libc = ctypes.CDLL(None)
     # The threshold is unsigned: -1 is the largest, the heap's end is never trimmed.
@@ -33,6 +33,16 @@ def keep_freed_memory() -> bool:
     done = all(libc.mallopt(*option) for option in options)
     _reserve_huge_pages(libc)
     return done
+
+
+def release_freed_memory() -> None:
+    """Give the kernel back what is free now: a stage does not sit on the peak of the stage before it."""
+    if _has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _has_glibc() -> bool:
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 
 def _set_by_user() -> bool:

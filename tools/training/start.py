@@ -11,7 +11,7 @@ import torch
 
 from lowbit.errors import LowbitError
 from lowbit.files import PathLike, check_writable
-from lowbit.tools.training.allocator import keep_freed_memory
+from lowbit.tools.training.allocator import keep_freed_memory, release_freed_memory
 from lowbit.tools.training.config import TrainConfig
 from lowbit.tools.training.data import Batches, Sentences, TokenStream, corpus_file, has_unk, read_corpus
 from lowbit.tools.training.loop import has_fast_bf16, pick_device
@@ -78,6 +78,7 @@ def prepare_run(args: argparse.Namespace, seed: int) -> tuple[torch.device, str,
     device = pick_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
+        release_freed_memory()
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "fp32"
