@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from lowbit.errors import LowbitError
@@ -125,11 +126,14 @@ def section(data: dict[str, Any]) -> str:
     bandwidths = ", ".join(f"{read[size] / 1e9:.0f} GB/s at {_size(size)}" for size in sorted(read)[::3])
     peaks = ", ".join(f"{name} {value / 1e12:.2f}" for name, value in peak.items())
     subset = " A quick subset." if run["quick"] else ""
-    return (
+    head = (
         f"`make bench` on {run['processor']}, {run['threads']} threads, {run['isa']}; torch {run['torch']}, "
         f"ONNX Runtime {run['onnxruntime'] or 'absent'}.{subset} {METHOD} "
-        f"{noise(cells)}\n\n"
-        f"Ceilings, both cores: reads {bandwidths}; TOP/s {peaks}.\n\n"
+        f"{noise(cells)}"
+    )
+    limits = f"Ceilings, both cores: reads {bandwidths}; TOP/s {peaks}."
+    return (
+        f"{fill(head, 120)}\n\n{fill(limits, 120)}\n\n"
         "### What was asked\n\n" + markdown(sibling("acceptance").rows(data)) + "\n### Decoding, M = 1\n\n"
         + markdown(table([c for c in plain if c["m"] == 1])) + "\n### Rescoring, M = 256\n\n"
         + markdown(table([c for c in plain if c["m"] == 256]))
