@@ -1,10 +1,17 @@
-"""Time a training step of `lowbit train` beside the plain PyTorch loop it replaces, in one run.
+"""Time a training step of `lowbit train` and `lowbit admm` beside what they replace, alternating in one run.
 
-    python bench/train_step.py [--steps 10] [--rounds 5] [--json FILE]
+    python bench/train_step.py [--stage train|admm|straight-through ...] [--steps 8] [--rounds 5] [--json FILE]
 
-Both train 5.8 M parameters (d 256, 4 layers, FFN 1024, tied, vocabulary 10,000) on batches of 32 x 64 tokens in bf16
-autocast with dropout. The plain loop is what one writes first: element-wise dropout, fused attention, `cross_entropy`
-on the logits, `AdamW`. Rounds alternate, so that a drift of the machine's speed touches both.
+All train 5.8 M parameters (d 256, 4 layers, FFN 1024, tied, vocabulary 10,000) on batches of 32 x 64 tokens in bf16
+autocast with dropout. Variants, each in a process of its own, since one of them changes the allocator:
+
+    plain    what one writes first: element-wise dropout, fused attention, `cross_entropy` on the logits, `AdamW`
+             (stage train only)
+    torch    lowbit's step in PyTorch's operations, as it runs where the extension's kernels do not apply
+    lowbit   lowbit's step
+
+The stages of `lowbit admm` (2 bits) learn from a teacher of the same size: "admm" pulls the weights towards their
+quantized image, "straight-through" quantizes all matrices every step and re-fits their scales every tenth.
 """
 
 from __future__ import annotations
@@ -12,6 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,10 +30,16 @@ from torch.nn import functional as F
 
 from lowbit.config import ModelConfig
 from lowbit.model import Dropout, TransformerLM
+from lowbit.plan import MatrixPlan
+from lowbit.tools.training import native
+from lowbit.tools.training.admm import REFIT_EVERY
+from lowbit.tools.training.allocator import keep_freed_memory
 from lowbit.tools.training.data import Batch
 from lowbit.tools.training.loop import Stepper
 from lowbit.tools.training.parallel import Parallel
+from lowbit.tools.training.quantized import QuantizedMatrix
 
+STAGES = ["train", "admm", "straight-through"]
 V, D, LAYERS, HEADS, FFN, B, T = 10_000, 256, 4, 4, 1024, 32, 64
 
 
@@ -71,19 +86,44 @@ def plain_step():
     return step
 
 
-def lowbit_step():
-    config = ModelConfig(V, D, LAYERS, HEADS, FFN, max_len=T, position="learned")
-    model = TransformerLM(config)
+def lowbit_model() -> TransformerLM:
+    return TransformerLM(ModelConfig(V, D, LAYERS, HEADS, FFN, max_len=T, position="learned"))
+
+
+def lowbit_step(stage: str):
+    model, device = lowbit_model(), torch.device("cpu")
     model.dropout = Dropout(word=0.1, embed=0.1, residual=0.1, hidden=0.1, output=0.1)
-    device = torch.device("cpu")
     stepper = Stepper(model, Parallel(device), device, "bf16", 1.0)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    teacher, matrices, distill = None, [], 0.0
+    if stage != "train":
+        teacher, distill = lowbit_model().eval(), 0.5
+        names = model.config.matrix_shapes()
+        parameters = dict(model.named_parameters())
+        matrices = [QuantizedMatrix(parameters[f"{name}.weight"], MatrixPlan(2)) for name in names]
+    trained = list(model.parameters())
+    for m in matrices:
+        if stage == "admm":
+            m.set_target()
+        else:
+            m.start_hard()
+            trained = [m.latent if p is m.weight else p for p in trained]
+    optimizer = torch.optim.AdamW(trained, 1e-3, fused=True)
+    count = 0
 
     def step(tokens, targets):
-        optimizer.zero_grad(set_to_none=True)
-        stepper.backward(Batch(tokens, targets))
+        nonlocal count
+        count += 1
+        model.zero_grad(set_to_none=True)
+        stepper.backward(Batch(tokens, targets), teacher, distill)
         stepper.clip_gradients()
+        for m in matrices if stage == "straight-through" else ():
+            m.pass_gradient()
         optimizer.step()
+        for m in matrices:
+            if stage == "admm":
+                m.weight.data.lerp_(m.target, 1e-3)
+            else:
+                m.load_quantized(refit=count % REFIT_EVERY == 0)
 
     return step
 
@@ -95,30 +135,63 @@ def seconds(step, batch, steps: int) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--steps", type=int, default=10)
-    p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--json", metavar="FILE")
-    args = p.parse_args()
+def work(stage: str, variant: str, steps: int) -> None:
+    """Child process: one timing, in seconds a step, for every line read."""
+    if variant == "torch":
+        native.suits = lambda *_: False
+    elif variant == "lowbit":
+        keep_freed_memory()
     torch.manual_seed(0)
     ids = torch.randint(0, V, (B, T + 1))
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    steps = {"plain": plain_step(), "lowbit": lowbit_step()}
-    times = {name: [] for name in steps}
-    for step in steps.values():
-        seconds(step, batch, 2)
-    for _ in range(args.rounds):
-        for name, step in steps.items():
-            times[name].append(seconds(step, batch, args.steps))
-    ratios = [a / b for a, b in zip(times["plain"], times["lowbit"], strict=True)]
-    result = {
-        "plain_s": statistics.median(times["plain"]), "lowbit_s": statistics.median(times["lowbit"]),
-        "ratio_median": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-    }  # fmt: skip
-    print(f"plain {result['plain_s']:.3f} s, lowbit {result['lowbit_s']:.3f} s a step: "
-          f"{result['ratio_median']:.2f} times ({result['ratio_min']:.2f} to {result['ratio_max']:.2f})")  # fmt: skip
+    step = plain_step() if variant == "plain" else lowbit_step(stage)
+    seconds(step, batch, 2)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(seconds(step, batch, steps), flush=True)
+
+
+def measure(stage: str, steps: int, rounds: int) -> dict:
+    """Seconds a step of every variant and how many times as fast lowbit is: medians over rounds, and the spread."""
+    variants = ["plain", "torch", "lowbit"] if stage == "train" else ["torch", "lowbit"]
+    workers = {}
+    times = {name: [] for name in variants}
+    for name in variants:
+        argv = [sys.executable, __file__, "--worker", stage, name, "--steps", str(steps)]
+        workers[name] = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        workers[name].stdout.readline()  # one after the other, so that only one computes at a time
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            print(file=worker.stdin, flush=True)
+            times[name].append(float(worker.stdout.readline()))
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    result = {f"{name}_s": statistics.median(values) for name, values in times.items()}
+    for name in variants[:-1]:
+        ratios = [a / b for a, b in zip(times[name], times["lowbit"], strict=True)]
+        result[f"over_{name}"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    return result
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
+    p.add_argument("--steps", type=int, default=8)
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--json", metavar="FILE")
+    p.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.worker:
+        work(*args.worker, args.steps)
+        return
+    result = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    for stage in args.stage:
+        found = result[stage] = measure(stage, args.steps, args.rounds)
+        for name in (key.removeprefix("over_") for key in found if key.startswith("over_")):
+            r = found[f"over_{name}"]
+            print(f"{stage}: {name} {found[f'{name}_s']:.3f} s, lowbit {found['lowbit_s']:.3f} s a step: "
+                  f"{r['median']:.2f} times ({r['min']:.2f} to {r['max']:.2f})")  # fmt: skip
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
