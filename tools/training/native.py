@@ -28,8 +28,8 @@ def softmax_gradient(
     Args:
         logits: bf16 or fp32. The arithmetic is fp32.
         target: int64 [M].
-        teacher: logits of a teacher [M, V], of the same type; with them loss = (1 - distill) NLL + distill KL(teacher ||
-            student).
+        teacher: logits of a teacher [M, V], of the same type: loss = (1 - distill) NLL + distill KL(teacher
+            || student).
     """
     m, v = logits.shape
     target = target.contiguous()
