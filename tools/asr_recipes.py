@@ -44,8 +44,8 @@ class AsrRecipe:
 RECIPES = {
     # 3,000 sentences: what trains on for as long as the first training overfits; a tenth of it does not.
     "atis": AsrRecipe("atis", epochs=6, lr=2e-4, average_am=True),
-    "swbd": AsrRecipe("swbd", epochs=4, lr=1e-3),
-    "l2": AsrRecipe("l2", epochs=1.5, lr=1e-3, folds=10),
+    "swbd": AsrRecipe("swbd", epochs=6, lr=1e-3),
+    "l2": AsrRecipe("l2", epochs=2.5, lr=1e-3, folds=10),
 }
 
 
