@@ -38,6 +38,7 @@ from lowbit.tools.training.data import Batch
 from lowbit.tools.training.loop import Stepper
 from lowbit.tools.training.parallel import Parallel
 from lowbit.tools.training.quantized import QuantizedMatrix
+from lowbit.tools.training.tile_layers import use_tiles
 
 STAGES = ["train", "admm", "straight-through"]
 V, D, LAYERS, HEADS, FFN, B, T = 10_000, 256, 4, 4, 1024, 32, 64
@@ -96,7 +97,7 @@ def lowbit_step(stage: str):
     stepper = Stepper(model, Parallel(device), device, "bf16", 1.0)
     teacher, matrices, distill = None, [], 0.0
     if stage != "train":
-        teacher, distill = lowbit_model().eval(), 0.5
+        teacher, distill = use_tiles(lowbit_model().eval()), 0.5
         names = model.config.matrix_shapes()
         parameters = dict(model.named_parameters())
         matrices = [QuantizedMatrix(parameters[f"{name}.weight"], MatrixPlan(2)) for name in names]
@@ -138,7 +139,7 @@ def seconds(step, batch, steps: int) -> float:
 def work(stage: str, variant: str, steps: int) -> None:
     """Child process: one timing, in seconds a step, for every line read."""
     if variant == "torch":
-        native.suits = lambda *_: False
+        native.suits = native.suits_rows = native.suits_tiles = lambda *_: False
     elif variant == "lowbit":
         keep_freed_memory()
     torch.manual_seed(0)
@@ -185,7 +186,7 @@ def main() -> None:
     if args.worker:
         work(*args.worker, args.steps)
         return
-    result = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    result = {"threads": torch.get_num_threads(), "torch": torch.__version__, "tiles": native.has_bf16_tiles()}
     for stage in args.stage:
         found = result[stage] = measure(stage, args.steps, args.rounds)
         for name in (key.removeprefix("over_") for key in found if key.startswith("over_")):

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
+#include "train/linear.h"
 #include "train/train.h"
 
 namespace py = pybind11;
@@ -35,13 +36,33 @@ QuantizeJob quantize_job(const LevelTable& table, Address v, Address scale, int6
 void register_train(py::module_& m) {
   py::class_<LevelTable>(m, "LevelTable", "Levels of a quantized matrix; listed ones are 16 at most.")
       .def(py::init(&level_table), py::arg("levels"), py::arg("affine"), py::arg("bottom"));
+  m.def("has_bf16_tiles", &has_bf16_tiles, "whether linear_forward and linear_backward can run");
+  m.def(
+      "linear_forward",
+      [](int64_t rows, int64_t n, int64_t k, Address x, int64_t x_stride, Address w, Address bias, Address y,
+         int64_t y_stride) {
+        py::gil_scoped_release release;
+        linear_forward({rows, n, k}, {pointer<const uint16_t>(x), x_stride}, pointer<const float>(w),
+                       pointer<const float>(bias), {pointer<uint16_t>(y), y_stride});
+      },
+      "y [rows, n] = x [rows, k] W^T + bias; bf16 addresses of x and y, fp32 of W and bias");
+  m.def(
+      "linear_backward",
+      [](int64_t rows, int64_t n, int64_t k, Address dy, int64_t dy_stride, Address x, int64_t x_stride, Address w,
+         Address dx, int64_t dx_stride, Address dw, Address db) {
+        py::gil_scoped_release release;
+        linear_backward({rows, n, k}, {pointer<const uint16_t>(dy), dy_stride},
+                        {pointer<const uint16_t>(x), x_stride}, pointer<const float>(w),
+                        {pointer<uint16_t>(dx), dx_stride}, pointer<float>(dw), pointer<float>(db));
+      },
+      "dx bf16, dw and db fp32 from dy; dx and db may be 0");
   m.def(
       "softmax_gradient",
-      [](Address logits, Address teacher, Address target, int64_t rows, int64_t n, float distill, bool bf16,
-         bool gradient, Address loss, Address nll) {
+      [](Address logits, Address teacher, Address target, int64_t rows, int64_t n, int64_t stride, float distill,
+         bool bf16, bool gradient, Address loss, Address nll) {
         py::gil_scoped_release release;
         softmax_gradient({pointer<void>(logits), pointer<const void>(teacher), pointer<const int64_t>(target), rows,
-                          n, distill, bf16, gradient, pointer<float>(loss), pointer<float>(nll)});
+                          n, stride, distill, bf16, gradient, pointer<float>(loss), pointer<float>(nll)});
       },
       "logits [rows, n] -> their gradient, losses and NLLs [rows]");
   m.def(

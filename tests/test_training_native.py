@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from lowbit import LowbitError, ops
 from lowbit.quantize import fit, round_scale
 from lowbit.tables import TABLES, free_table
 from lowbit.tools.training import native
+from lowbit.tools.training.tile_layers import TileLinear, use_tiles
 
 EPS = 2.0**-24
 FREE = free_table((-100, -31, 5, 127), 2)
@@ -152,3 +155,78 @@ def test_a_row_of_zeros_keeps_its_scale():
     start = torch.full((2, 1), 0.5)
     refined = native.Quantizer(TABLES["midrise4"], 8).refine(torch.zeros(2, 8), start, 3)
     assert torch.equal(refined, start)
+
+
+# Products on bf16 tiles
+
+tiles = pytest.mark.skipif(not native.has_bf16_tiles(), reason="needs a CPU with bf16 tiles (Intel AMX)")
+SHAPES = [(1, 32, 32), (16, 32, 64), (33, 64, 96), (48, 96, 32), (37, 1000, 64), (300, 2500, 96), (77, 96, 2112)]
+
+
+def bf16_rows(m, n):
+    """Random values in rows as the products read them."""
+    return native.padded_rows(m, n).copy_(torch.randn(m, n))
+
+
+@tiles
+@pytest.mark.parametrize("m,n,k", SHAPES)
+def test_products_on_tiles_are_the_oracle(m, n, k):
+    torch.manual_seed(m + n + k)
+    x, weight, bias, grad = torch.randn(m, k).bfloat16(), torch.randn(n, k), torch.randn(n), bf16_rows(m, n)
+    y = native.linear(x, weight, bias, native.padded_rows(m, n))
+    grad_x, grad_weight, grad_bias = native.linear_gradients(grad, x, weight)
+    w64, x64, g64 = weight.bfloat16().double(), x.double(), grad.double()
+    for got, left, right, shift in (
+        (y, x64, w64.T, bias.double()),
+        (grad_x, g64, w64, 0.0),
+        (grad_weight, g64.T, x64, 0.0),
+        (grad_bias, g64.T, torch.ones(m, 1, dtype=torch.float64), 0.0),
+    ):
+        exact = left @ right + shift
+        # Products of bf16 are exact in fp32; a sum of K terms has K roundings, and a bf16 result one of 2^-9 more.
+        bound = (left.shape[1] + 2) * EPS * (left.abs() @ right.abs() + 8)
+        bound = bound + (2.0**-8 * exact.abs() if got.dtype == torch.bfloat16 else 0)
+        assert ((got.double().view_as(exact) - exact).abs() <= bound).all()
+
+
+@tiles
+def test_products_do_not_depend_on_threads():
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(130, 96).bfloat16(), torch.randn(160, 96), bf16_rows(130, 160)
+
+    def products():
+        return native.linear(x, weight, None, native.padded_rows(130, 160)), *native.linear_gradients(grad, x, weight)
+
+    alone = products()
+    ops.set_threads(2)
+    try:
+        together = products()
+    finally:
+        ops.set_threads(None)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@tiles
+def test_layers_on_tiles_are_the_layers_of_autocast():
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 32, bias=False))
+    fast = use_tiles(copy.deepcopy(plain))
+    assert type(fast[0]) is TileLinear and list(fast.state_dict()) == list(plain.state_dict())
+    x = torch.randn(3, 7, 64)
+    assert torch.equal(fast(x), plain(x))  # outside of autocast a layer is what it was
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for model, at in zip((plain, fast), inputs, strict=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(at).float().square().sum()
+        loss.backward()
+    pairs = [(inputs[0].grad, inputs[1].grad)]
+    pairs += [(a.grad, b.grad) for a, b in zip(plain.parameters(), fast.parameters(), strict=True)]
+    for a, b in pairs:
+        assert b.dtype == torch.float32
+        assert (a - b).norm() <= 0.02 * a.norm()  # a few roundings to bf16, 2^-9 each, on the way
+
+
+def test_widths_without_tiles_fall_back_to_pytorch():
+    layer = use_tiles(torch.nn.Sequential(torch.nn.Linear(20, 30)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(4, 20)).shape == (4, 30)

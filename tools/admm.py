@@ -27,6 +27,7 @@ from lowbit.tools.training.admm_options import METHODS, AdmmOptions
 from lowbit.tools.training.config import TrainConfig
 from lowbit.tools.training.loop import Stepper
 from lowbit.tools.training.start import Corpora, add_run_options, prepare_run
+from lowbit.tools.training.tile_layers import use_tiles
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,7 +100,7 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
     model = (checkpoint if start is None else start).build_model().to(device)
     model.dropout = dropout
     torch.manual_seed(config.seed * 1000 + parallel.rank)
-    teacher = checkpoint.build_model().to(device) if options.distill > 0 else None
+    teacher = use_tiles(checkpoint.build_model().to(device)) if options.distill > 0 else None
     stepper = Stepper(model, parallel, device, precision, config.clip)
     run = Admm(options, config, plan, corpora, stepper, teacher, args.out, args.restart, pull)
     result = run.run()

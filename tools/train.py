@@ -20,6 +20,7 @@ from lowbit.tools import cli
 from lowbit.tools.training.config import TrainConfig
 from lowbit.tools.training.loop import Epochs, Resume, Stepper, learning_rate, ppl_note, run_identity
 from lowbit.tools.training.start import Corpora, add_run_options, prepare_run
+from lowbit.tools.training.tile_layers import use_tiles
 
 PLATEAU_FACTOR = 0.25
 
@@ -63,7 +64,7 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
     model = (init.build_model() if init else TransformerLM(model_config)).to(device)
     model.dropout = config.dropout
     torch.manual_seed(config.seed * 1000 + parallel.rank)  # dropout masks differ between processes
-    teacher = init.build_model().to(device) if args.distill else None
+    teacher = use_tiles(init.build_model().to(device)) if args.distill else None
     run = Training(config, corpora, Stepper(model, parallel, device, precision, config.clip), args, teacher)
     result = run.run()
     if parallel.is_main:

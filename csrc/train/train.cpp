@@ -1,9 +1,15 @@
 #include "train.h"
 
+#if defined(LOWBIT_X86)
+#include <cpuid.h>
+#endif
+
 #include <vector>
 
 #include "../cpu/parallel.h"
+#include "../cpu/workspace.h"
 #include "../layout.h"
+#include "linear.h"
 
 namespace lowbit {
 namespace {
@@ -50,9 +56,23 @@ const TrainOps& train_ops(Isa isa) {
   }
 }
 
+bool has_bf16_tiles() {
+#if defined(LOWBIT_X86)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return selected_isa() == Isa::kAmx && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1u) != 0;
+#else
+  return false;
+#endif
+}
+
+uint8_t* train_workspace(int64_t bytes) {
+  static thread_local Block block;
+  return block.reserve(bytes);
+}
+
 void softmax_gradient(const SoftmaxJob& job) {
   const TrainOps& ops = train_ops(selected_isa());
-  const int64_t padded = ceil_div(job.n, 16) * 16, row_bytes = job.n * (job.bf16 ? 2 : 4);
+  const int64_t padded = ceil_div(job.n, 16) * 16, row_bytes = job.stride * (job.bf16 ? 2 : 4);
   const int threads = max_threads();
   std::vector<float> scratch(static_cast<size_t>(2 * padded * threads));
   over_rows(job.rows, job.n, threads, [&](int64_t first, int64_t last, int rank) {

@@ -22,6 +22,7 @@ from lowbit.model import TransformerLM
 from lowbit.tools.training.data import IGNORED, Batch, Batches
 from lowbit.tools.training.loss import linear_cross_entropy
 from lowbit.tools.training.parallel import Parallel
+from lowbit.tools.training.tile_layers import use_tiles
 
 SAVE_SECONDS = 60.0
 
@@ -69,6 +70,9 @@ class Stepper:
     device: torch.device
     precision: str
     clip: float
+
+    def __post_init__(self) -> None:
+        use_tiles(self.model)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -18,20 +18,26 @@ _CACHE_BYTES = 1 << 21
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, teacher_hidden, teacher_weight, distill, dtype, gradients):
-        h, w = hidden.to(dtype), weight.to(dtype)
+        h = hidden.to(dtype).contiguous()
+        if dtype == torch.bfloat16 and native.suits_tiles(h, weight):
+            products = _TileProducts(weight)
+        else:
+            products = _Products(weight.to(dtype))
         grad_h = torch.empty_like(h)
         grad_w = torch.zeros_like(weight, dtype=torch.float32)
         loss, nll = torch.zeros((), device=h.device), torch.zeros((), device=h.device)
         for i in range(0, len(h), _MATMUL_ROWS):
             rows = slice(i, i + _MATMUL_ROWS)
-            logits = h[rows] @ w.T  # [rows, V], becomes its own gradient in place
-            teacher = None if teacher_hidden is None else teacher_hidden[rows].to(dtype) @ teacher_weight.to(dtype).T
+            logits = products.logits(h[rows], products.weight)  # [rows, V], becomes its own gradient in place
+            teacher = None
+            if teacher_hidden is not None:
+                teacher = products.logits(teacher_hidden[rows].to(dtype), teacher_weight)
             part_loss, part_nll = _loss_of_logits(logits, target[rows], teacher, distill, gradients)
             loss += part_loss
             nll += part_nll
             if gradients:
-                torch.mm(logits, w, out=grad_h[rows])
-                grad_w += logits.T @ h[rows]
+                grad_h[rows], part = products.gradients(logits, h[rows])
+                grad_w += part
         ctx.save_for_backward(grad_h, grad_w)
         ctx.mark_non_differentiable(nll)
         return loss, nll
@@ -42,9 +48,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_h * grad_loss.to(grad_h.dtype), grad_w * grad_loss, None, None, None, None, None, None
 
 
+class _Products:
+    """Matrix products of the output layer, in the type of ``weight`` [V, D]."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight
+
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return hidden @ weight.to(hidden.dtype).T
+
+    def gradients(self, grad: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of hidden [R, D] and of the weight [V, D]."""
+        return grad @ self.weight, grad.T @ hidden
+
+
+class _TileProducts(_Products):
+    """The same on bf16 tiles, of an fp32 ``weight``."""
+
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return native.linear(hidden.contiguous(), weight, None, native.padded_rows(len(hidden), len(weight)))
+
+    def gradients(self, grad: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return native.linear_gradients(grad, hidden, self.weight)[:2]
+
+
 def _loss_of_logits(logits, target, teacher, distill, gradients):
     """Summed loss and NLL; with ``gradients`` logits [R, V] become the gradient of the summed loss."""
-    if native.suits(logits, teacher):
+    if native.suits_rows(logits, teacher):
         return native.softmax_gradient(logits, target, teacher, distill, gradients)
     loss, nll = torch.zeros(2, device=logits.device)
     for block in _blocks(logits):

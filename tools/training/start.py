@@ -15,6 +15,7 @@ from lowbit.tools.training.allocator import keep_freed_memory, release_freed_mem
 from lowbit.tools.training.config import TrainConfig
 from lowbit.tools.training.data import Batches, Sentences, TokenStream, corpus_file, has_unk, read_corpus
 from lowbit.tools.training.loop import has_fast_bf16, pick_device
+from lowbit.tools.training.native import has_bf16_tiles
 from lowbit.tools.training.parallel import Parallel
 from lowbit.vocab import Vocab
 
@@ -89,5 +90,6 @@ def prepare_run(args: argparse.Namespace, seed: int) -> tuple[torch.device, str,
     torch.manual_seed(seed)
     if parallel.is_main:
         threads = f"{torch.get_num_threads()} threads x {parallel.world} processes"
-        print(f"{args.stage}: {device}, {precision}, {threads}", file=sys.stderr)
+        tiles = " on AMX tiles" if precision == "bf16" and device.type == "cpu" and has_bf16_tiles() else ""
+        print(f"{args.stage}: {device}, {precision}{tiles}, {threads}", file=sys.stderr)
     return device, precision, parallel
