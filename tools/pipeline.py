@@ -66,7 +66,7 @@ class Pipeline:
         self, key: str, command: str, work: Callable[[], dict[str, Any]], inputs: Sequence[str], outputs: Sequence[str]
     ) -> Any:
         """Call ``work`` unless it is done; returns its result. ``command`` says what it does; see :meth:`run`."""
-        record = {"command": command, "inputs": {i: file_hash(i) for i in inputs}}
+        record = {"command": command, "inputs": {_input_name(i): file_hash(i) for i in inputs}}
         result_file = self.out / f"{key}.json"
         done = self.stages.get(key) == record and result_file.is_file() and all(Path(o).is_file() for o in outputs)
         if done:
@@ -83,6 +83,13 @@ class Pipeline:
     def commands(self) -> list[str]:
         """The command lines that made the folder, in order."""
         return [record["command"] for record in self.stages.values()]
+
+
+def _input_name(path: str) -> str:
+    """A file of the package goes by its name there: another installation of the same bytes repeats nothing."""
+    package = Path(__file__).parent
+    file = Path(path)
+    return f"lowbit/tools/{file.relative_to(package).as_posix()}" if file.is_relative_to(package) else path
 
 
 def machine() -> dict[str, Any]:
