@@ -32,6 +32,12 @@ struct Errors {
   }
 };
 
+float greatest_magnitude(const float* x, int64_t n) {
+  float top = 0;
+  for (int64_t i = 0; i < n; ++i) top = std::max(top, std::fabs(x[i]));
+  return top;
+}
+
 void test_elementwise(const RowOps& ops, int64_t n, Errors& errors) {
   const Row x(n, false), y(n, false), weight(n, false), bias(n, false), out(n, false);
   fill(x, n, 6);
@@ -41,15 +47,18 @@ void test_elementwise(const RowOps& ops, int64_t n, Errors& errors) {
   double mean = 0, variance = 0;
   for (int64_t i = 0; i < n; ++i) mean += double{x[i]} / n;
   for (int64_t i = 0; i < n; ++i) variance += (x[i] - mean) * (x[i] - mean) / n;
-  ops.layer_norm(x.data(), {weight.data(), bias.data(), 1e-5f}, n, out.data());
+  const float top = ops.layer_norm(x.data(), {weight.data(), bias.data(), 1e-5f}, n, out.data());
+  errors.add(top, greatest_magnitude(out.data(), n), 1e-9);
   // Values of up to 6 carry roundings of 4e-7, which a small deviation magnifies.
   const double deviation = std::sqrt(variance + 1e-5);
   for (int64_t i = 0; i < n; ++i)
     errors.add(out[i], (x[i] - mean) / deviation * weight[i] + bias[i], 2e-6 + 2e-6 / deviation);
-  ops.activation[kRelu](x.data(), n, out.data());
+  const float rectified = ops.activation[kRelu](x.data(), n, out.data());
+  errors.add(rectified, greatest_magnitude(out.data(), n), 1e-9);
   for (int64_t i = 0; i < n; ++i) errors.add(out[i], std::max(x[i], 0.0f), 1e-9);
-  ops.activation[kGelu](x.data(), n, out.data());
-  for (int64_t i = 0; i < n; ++i) errors.add(out[i], x[i] * 0.5 * std::erfc(-x[i] * std::sqrt(0.5)), 1.5e-6);
+  const float gated = ops.activation[kGelu](x.data(), n, out.data());
+  errors.add(gated, greatest_magnitude(out.data(), n), 1e-9);
+  for (int64_t i = 0; i < n; ++i) errors.add(out[i], x[i] * 0.5 * std::erfc(-x[i] * std::sqrt(0.5)), 2.5e-6);
   ops.subtract(x.data(), 0.3f, n, out.data());
   for (int64_t i = 0; i < n; ++i) errors.add(out[i], double{x[i]} - double{0.3f}, 5e-7);
   const std::vector<float> before(x.data(), x.data() + n);

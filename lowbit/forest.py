@@ -262,7 +262,7 @@ def _lay_out_tries(
     """Sorted rows to tries, for all of them at once: loops over words in Python took as long as the model itself.
 
     A row [c] holds the tokens of a prefix and of words, and then ``</s>``, for which there is no node. What a row
-    shares with the one before it exists already; in every column, the latest node is the one that the row passes.
+    shares with the one before it exists already.
 
     Args:
         prefixes: int64 [U], length of the part of each row that nothing is asked about.
@@ -274,25 +274,30 @@ def _lay_out_tries(
     if not rows:
         return chains([]), np.empty(0, np.int64), np.empty(0, np.int64)
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    columns = np.arange(lengths.max())
-    real = columns < lengths[:, None]
-    tokens = np.full(real.shape, -1, np.int32)
-    tokens[real] = np.fromiter(itertools.chain.from_iterable(rows), np.int32, lengths.sum())
-    is_node = columns < lengths[:, None] - 1
-    shared = np.zeros(len(rows), np.int64)
-    shared[1:] = ((tokens[1:] == tokens[:-1]) & is_node[1:] & is_node[:-1]).cumprod(1).sum(1)
+    ends = lengths.cumsum()
+    tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int32, ends[-1])
+    # Every token: its column, and the token of the row before in the same column.
+    column = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    above = np.arange(ends[-1]) - np.repeat(np.concatenate([[0], lengths[:-1]]), lengths)
+    depths = lengths - 1
+    both = np.minimum(depths, np.concatenate([[0], depths[:-1]]))  # columns in which both rows have nodes
+    same = (column < np.repeat(both, lengths)) & (tokens == tokens[above])
+    shared = np.minimum.reduceat(np.where(same, lengths.max(), column), ends - lengths)
     shared[[s for s in starts if s < len(rows)]] = 0
-    _divide(shared, lengths - 1, max_nodes)
+    _divide(shared, depths, max_nodes)
 
-    new = columns >= shared[:, None]
-    node = np.where(new & is_node, 1, 0)
-    node_id = np.maximum.accumulate(np.where(node, node.cumsum().reshape(node.shape) - 1, -1), 0)
-    asked = real & (columns >= prefixes[:, None])
-    request = asked & (new | ~is_node)
-    request_id = np.maximum.accumulate(np.where(request, request.cumsum().reshape(node.shape) - 1, -1), 0)
-    above = np.concatenate([np.full((len(rows), 1), -1), node_id[:, :-1]], 1)
-    forest = Forest(tokens[node == 1], above[node == 1])
-    return Query(forest, above[request], tokens[request]), request_id[asked], lengths - prefixes
+    new = column >= np.repeat(shared, lengths)
+    is_node = column < np.repeat(depths, lengths)
+    # What a row shares stands in the row before, or one before that: few steps, each twice as long, lead to where it
+    # is new.
+    first = np.where(new, np.arange(ends[-1]), above)
+    while not new[first].all():
+        first = first[first]
+    asked = column >= np.repeat(prefixes, lengths)
+    node_id, request_id = (new & is_node).cumsum()[first] - 1, (new & asked).cumsum()[first] - 1
+    parent = np.where(column == 0, -1, np.concatenate([[-1], node_id[:-1]]))
+    forest = Forest(tokens[new & is_node], parent[new & is_node])
+    return Query(forest, parent[new & asked], tokens[new & asked]), request_id[asked], lengths - prefixes
 
 
 def _divide(shared: np.ndarray, nodes: np.ndarray, max_nodes: int) -> None:

@@ -58,11 +58,10 @@ void Member::settle(int64_t node, const NormWeights* after) {
 }
 
 // The input of a branch, normalized in pre-norm models.
-const float* Member::stream(int64_t node, const NormWeights* before, float* room) {
+Member::RowInput Member::stream(int64_t node, const NormWeights* before, float* room) {
   const float* x = x_ + node * model_.d;
-  if (before == nullptr) return x;
-  ops_.layer_norm(x, *before, model_.d, room);
-  return room;
+  if (before == nullptr) return {x};
+  return {room, ops_.layer_norm(x, *before, model_.d, room)};
 }
 
 void Member::enter_layer(size_t layer, int64_t node) {
@@ -82,15 +81,21 @@ void Member::attention(size_t layer) {
     enter_layer(layer, m);
     return stream(m, model_.pre_norm ? &l.norm1 : nullptr, room);
   });
-  for (const Product& p : qkv) run(p);
-  mark(kProducts);
-  wait();
-
   // Members share the heads, and where there are more members than heads, the nodes too.
   const int columns = static_cast<int>(team_.size < model_.heads ? team_.size : model_.heads);
   const int groups = team_.size / columns;
   const bool idle = team_.rank >= columns * groups;
   const Range heads = share(model_.heads, 1, {team_.rank % columns, columns});
+  if (frame_.redundant && groups == 1 && model_.head_dim() % kTileN == 0) {
+    // Few rows: every member makes what its own heads need, and waits for nobody.
+    const int64_t blocks = model_.head_dim() / kTileN;
+    for (const Product& p : qkv) p.plan.kernel(p.job, {heads.begin * blocks, heads.end * blocks}, {0, n}, scratch_);
+    mark(kProducts);
+  } else {
+    for (const Product& p : qkv) run(p);
+    mark(kProducts);
+    wait();
+  }
   const Range nodes = share(n, batch_.seen_first == nullptr ? 1 : kTogether, {team_.rank / columns, groups});
   if (!idle) keep_keys(layer, nodes, heads);
   if (groups > 1) wait();
@@ -99,7 +104,7 @@ void Member::attention(size_t layer) {
   wait();
 
   Product o = product(l.o, n, frame_.branch);
-  prepare_rows(&o, 1, n, [&](int64_t m, float*) { return frame_.q + m * model_.d; });
+  prepare_rows(&o, 1, n, [&](int64_t m, float*) { return RowInput{frame_.q + m * model_.d}; });
   run(o);
   mark(kProducts);
   wait();
@@ -191,8 +196,7 @@ void Member::mlp(size_t layer) {
 
   Product fc2 = product(l.fc2, n, frame_.branch);
   prepare_rows(&fc2, 1, n, [&](int64_t m, float* room) {
-    ops_.activation[model_.activation](frame_.h + m * model_.ffn, model_.ffn, room);
-    return room;
+    return RowInput{room, ops_.activation[model_.activation](frame_.h + m * model_.ffn, model_.ffn, room)};
   });
   run(fc2);
   mark(kProducts);

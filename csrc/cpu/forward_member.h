@@ -23,6 +23,13 @@ class Member {
     LinearPlan plan;
   };
 
+  // What a product reads of a row, and its greatest magnitude where that is known.
+  struct RowInput {
+    const float* at;
+    float top = kUnknown;
+  };
+  static constexpr float kUnknown = -1;
+
   Product product(const Linear& linear, int64_t rows, float* y) const;
   template <class Row>
   void prepare_rows(Product* products, int count, int64_t rows, const Row& row);
@@ -33,7 +40,7 @@ class Member {
 
   void embed(int64_t node);
   void settle(int64_t node, const NormWeights* after);
-  const float* stream(int64_t node, const NormWeights* before, float* room);
+  RowInput stream(int64_t node, const NormWeights* before, float* room);
   void enter_layer(size_t layer, int64_t node);
   void keep_keys(size_t layer, Range nodes, Range heads);
   void attend_heads(size_t layer, Range nodes, Range heads);
@@ -41,7 +48,7 @@ class Member {
   void attend_node(const HeadQuery& head, int64_t node, float* q);
   void attend_block(const HeadQuery& head, int64_t first, float* q);
 
-  const float* final_row(int64_t row, float* room);
+  RowInput final_row(int64_t row, float* room);
   void reduce_stripe(Product& p, int64_t first, int64_t last);
   void find_targets(int64_t begin, int64_t end, const float* logits, int64_t stride);
   void finish_targets();
@@ -57,7 +64,8 @@ class Member {
   std::chrono::steady_clock::time_point marked_;
 };
 
-// Makes the common input of several products: row(m, room) leaves row m in `room` or says where it lies. Products
+// Makes the common input of several products: row(m, room) leaves row m in `room` or says where it lies (a
+// RowInput). Products
 // whose form is equal share one copy.
 template <class Row>
 void Member::prepare_rows(Product* products, int count, int64_t rows, const Row& row) {
@@ -76,16 +84,20 @@ void Member::prepare_rows(Product* products, int count, int64_t rows, const Row&
   const Range mine = frame_.redundant ? Range{0, rows} : share(rows, 1, team_);
   for (int64_t m = mine.begin; m < mine.end; ++m) {
     float* room = exact ? dense_ + m * k : row_;
-    const float* from = row(m, room);
-    if (exact && from != room) std::memcpy(room, from, static_cast<size_t>(k) * sizeof(float));
+    const RowInput from = row(m, room);
+    if (exact && from.at != room) std::memcpy(room, from.at, static_cast<size_t>(k) * sizeof(float));
     for (int i = 0; i < count; ++i) {
       if (!own[i]) continue;
       Job job = products[i].job;
       if (!exact) {
-        job.x = from;
+        job.x = from.at;
         job.x_stride = 0;
       }
-      prepare(job, products[i].plan, {m, m + 1});
+      if (!exact && !(from.top < 0) && job.w.spans() == 1) {
+        ops_.quantize_row(job, m, from.top);
+      } else {
+        prepare(job, products[i].plan, {m, m + 1});
+      }
     }
   }
   mark(kRows);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "forward_ops.h"
+#include "quantize-inl.h"
 #include "simd_common-inl.h"
 
 namespace lowbit {
@@ -56,8 +57,27 @@ LOWBIT_INLINE float add_up(int64_t n, const F& f) {
   return S::reduce_add(S::add(S::add(sum[0], sum[1]), S::add(sum[2], sum[3])));
 }
 
+// Keeps the greatest magnitude of the vectors that pass.
 template <class S>
-void layer_norm(const float* x, const NormWeights& norm, int64_t n, float* out) {
+struct Top {
+  typename S::I32 bits = S::zero_i32();
+
+  template <class Count>
+  LOWBIT_INLINE void store(float* p, typename S::F32 x, Count count) {
+    S::store_f32(p, x, count);
+    if constexpr (std::is_same_v<Count, int>) x = S::choose(static_cast<uint16_t>((1 << count) - 1), x, S::zero_f32());
+    bits = S::magnitude_max(bits, x);
+  }
+  LOWBIT_INLINE float value() const { return bits_to_float(static_cast<uint32_t>(S::reduce_max(bits))); }
+};
+
+template <class S>
+void quantize_row(const Job& job, int64_t m, float top) {
+  quantize_span<S>(job, m, 0, job.x + m * job.x_stride, {0, job.w.tiles_k()}, top);
+}
+
+template <class S>
+float layer_norm(const float* x, const NormWeights& norm, int64_t n, float* out) {
   using F32 = typename S::F32;
   float total = add_up<S>(n, [&](int64_t i) LOWBIT_LAMBDA { return S::load_f32(x + i); });
   for (int64_t i = n / 16 * 16; i < n; ++i) total += x[i];
@@ -70,34 +90,31 @@ void layer_norm(const float* x, const NormWeights& norm, int64_t n, float* out) 
   for (int64_t i = n / 16 * 16; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
   const float variance = squares / static_cast<float>(n);
   const F32 scale = S::set1(1.0f / std::sqrt(variance + norm.eps));
+  Top<S> top;
   for_vectors(n, [&](int64_t i, auto count) LOWBIT_LAMBDA {
     const F32 y = S::mul(S::add(load<S>(x + i, count), minus_mean), scale);
-    S::store_f32(out + i, S::fmadd(y, load<S>(norm.weight + i, count), load<S>(norm.bias + i, count)), count);
+    top.store(out + i, S::fmadd(y, load<S>(norm.weight + i, count), load<S>(norm.bias + i, count)), count);
   });
+  return top.value();
 }
 
 template <class S>
-void relu(const float* x, int64_t n, float* out) {
-  for_vectors(n, [&](int64_t i, auto count) LOWBIT_LAMBDA {
-    S::store_f32(out + i, S::max(S::zero_f32(), load<S>(x + i, count)), count);
-  });
+float relu(const float* x, int64_t n, float* out) {
+  Top<S> top;
+  for_vectors(n, [&](int64_t i, auto count)
+                     LOWBIT_LAMBDA { top.store(out + i, S::max(S::zero_f32(), load<S>(x + i, count)), count); });
+  return top.value();
 }
 
-// x (1 + erf(x / sqrt 2)) / 2 within 1e-6: erf as c P(c^2) with c = x cut at +-5.1, where it is 1 - 3e-7, and P a
-// Chebyshev fit in t = 2 c^2 / 5.1^2 - 1.
+// x (1 + erf(x / sqrt 2)) / 2
 template <class S>
-void gelu(const float* x, int64_t n, float* out) {
-  constexpr float kP[13] = {0.138605282f,   -0.0690033585f,  0.0507830717f,  -0.0402159318f, 0.0317131244f,
-                            -0.024036251f,  0.0174861047f,   -0.0119673014f, 0.00680116378f, -0.00329977204f,
-                            0.00247637415f, -0.00192598358f, 0.000622676918f};
+float gelu(const float* x, int64_t n, float* out) {
+  Top<S> top;
   for_vectors(n, [&](int64_t i, auto count) LOWBIT_LAMBDA {
     const typename S::F32 v = load<S>(x + i, count);
-    const typename S::F32 c = S::min(S::set1(5.1f), S::max(S::set1(-5.1f), v));
-    const typename S::F32 t = S::fmadd(S::mul(c, c), S::set1(0.0768935f), S::set1(-1.0f));
-    typename S::F32 p = S::set1(kP[12]);
-    unroll<12>([&](auto k) LOWBIT_LAMBDA { p = S::fmadd(p, t, S::set1(kP[11 - k])); });
-    S::store_f32(out + i, S::mul(v, S::fmadd(c, p, S::set1(0.5f))), count);
+    top.store(out + i, S::mul(v, S::normal_cdf(v)), count);
   });
+  return top.value();
 }
 
 template <class S>
@@ -152,9 +169,13 @@ LOWBIT_INLINE float exponentiate(float* x, int64_t n, float top) {
 
 template <class S>
 LOWBIT_INLINE float greatest(const float* x, int64_t n) {
-  typename S::F32 top = S::load_f32(x);
-  for (int64_t i = 16; i < n; i += 16) top = S::max(S::load_f32(x + i), top);
-  return S::reduce_max(top);
+  typename S::F32 top[4];  // side by side: one alone would wait for each maximum
+  unroll<4>([&](auto j) LOWBIT_LAMBDA { top[j] = S::load_f32(x); });
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64)
+    unroll<4>([&](auto j) LOWBIT_LAMBDA { top[j] = S::max(S::load_f32(x + i + 16 * j), top[j]); });
+  for (; i < n; i += 16) top[0] = S::max(S::load_f32(x + i), top[0]);
+  return S::reduce_max(S::max(S::max(top[0], top[1]), S::max(top[2], top[3])));
 }
 
 template <class S>

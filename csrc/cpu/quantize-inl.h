@@ -29,6 +29,21 @@ LOWBIT_INLINE float max_magnitude(const float* row, Range tiles, int64_t k) {
   return bits_to_float(static_cast<uint32_t>(S::reduce_max(top)));  // NaN or infinity if the span holds any
 }
 
+// Span s of row m, whose greatest magnitude is known: NaN or infinity where it holds any.
+template <class S>
+LOWBIT_INLINE void quantize_span(const Job& job, int64_t m, int64_t s, const float* row, Range tiles, float top) {
+  const int64_t at = m * job.w.spans() + s;
+  const bool finite = top - top == 0.0f;
+  const typename S::F32 inverse = S::set1(finite && top > kSmallestMax ? 127.0f / top : 0.0f);
+  typename S::I32 sum = S::zero_i32();
+  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+    alignas(kAlign) float buffer[kTileK];
+    sum = S::add(sum, S::round_store_tile(tile_inputs(row, t, job.w.k, buffer), inverse, job.act.at(m, t)));
+  }
+  job.act.scale[at] = finite ? top / 127.0f : bits_to_float(0x7FC00000u);
+  job.act.sum[at] = finite ? S::reduce_add(sum) : 0;
+}
+
 template <class S>
 void quantize_rows(const Job& job, Range rows) {
   const Matrix& w = job.w;
@@ -37,20 +52,7 @@ void quantize_rows(const Job& job, Range rows) {
     const float* row = job.x + m * job.x_stride;
     for (int64_t s = 0; s < spans; ++s) {
       const Range tiles{s * span_tiles, least((s + 1) * span_tiles, all_tiles)};
-      const float top = max_magnitude<S>(row, tiles, w.k);
-      const bool finite = top - top == 0.0f;
-      const typename S::F32 inverse = S::set1(finite && top > kSmallestMax ? 127.0f / top : 0.0f);
-      typename S::I32 sum = S::zero_i32();
-      for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-        alignas(kAlign) float buffer[kTileK];
-        const float* x = tile_inputs(row, t, w.k, buffer);
-        int8_t* q = job.act.at(m, t);
-        unroll<4>([&](auto i) LOWBIT_LAMBDA {
-          sum = S::add(sum, S::round_store(S::mul(S::load_f32(x + 16 * i), inverse), q + 16 * i));
-        });
-      }
-      job.act.scale[m * spans + s] = finite ? top / 127.0f : bits_to_float(0x7FC00000u);
-      job.act.sum[m * spans + s] = finite ? S::reduce_add(sum) : 0;
+      quantize_span<S>(job, m, s, row, tiles, max_magnitude<S>(row, tiles, w.k));
     }
   }
 }

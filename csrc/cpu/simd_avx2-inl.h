@@ -169,6 +169,9 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
     return r;
   }
+  static I32 round_store_tile(const float* x, F32 scale, int8_t* out) {
+    return round_store_vectors<Avx2>(x, scale, out);
+  }
 
   static F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
   static F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
@@ -194,6 +197,7 @@ struct Avx2 {
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
   }
+  static F32 normal_cdf(F32 x) { return normal_cdf_polynomial<Avx2>(x); }
   static F32 choose(uint16_t lanes, F32 yes, F32 no) {
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const auto half = [&](int eight, __m256 a, __m256 b) {

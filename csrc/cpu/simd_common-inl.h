@@ -46,6 +46,30 @@ LOWBIT_INLINE float half_bits_to_float(uint16_t half) {
   return bits_to_float(sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | fraction << 13);
 }
 
+// round_store() of the 64 values x * scale. Returns sums whose total is that of the rounded values.
+template <class S>
+LOWBIT_INLINE typename S::I32 round_store_vectors(const float* x, const typename S::F32& scale, int8_t* out) {
+  typename S::I32 sum = S::zero_i32();
+  unroll<4>([&](auto i) LOWBIT_LAMBDA {
+    sum = S::add(sum, S::round_store(S::mul(S::load_f32(x + 16 * i), scale), out + 16 * i));
+  });
+  return sum;
+}
+
+// (1 + erf(x / sqrt 2)) / 2: erf as c P(c^2) with c = x cut at +-5.1, where it is 1 - 3e-7, and P a Chebyshev fit in
+// t = 2 c^2 / 5.1^2 - 1.
+template <class S>
+LOWBIT_INLINE typename S::F32 normal_cdf_polynomial(const typename S::F32& x) {
+  constexpr float kP[13] = {0.138605282f,   -0.0690033585f,  0.0507830717f,  -0.0402159318f, 0.0317131244f,
+                            -0.024036251f,  0.0174861047f,   -0.0119673014f, 0.00680116378f, -0.00329977204f,
+                            0.00247637415f, -0.00192598358f, 0.000622676918f};
+  const typename S::F32 c = S::min(S::set1(5.1f), S::max(S::set1(-5.1f), x));
+  const typename S::F32 t = S::fmadd(S::mul(c, c), S::set1(0.0768935f), S::set1(-1.0f));
+  typename S::F32 p = S::set1(kP[12]);
+  unroll<12>([&](auto k) LOWBIT_LAMBDA { p = S::fmadd(p, t, S::set1(kP[11 - k])); });
+  return S::fmadd(c, p, S::set1(0.5f));
+}
+
 LOWBIT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace

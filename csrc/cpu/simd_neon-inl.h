@@ -159,6 +159,9 @@ struct Neon {
     vst1q_s8(out, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
     return r;
   }
+  static I32 round_store_tile(const float* x, const F32& scale, int8_t* out) {
+    return round_store_vectors<Neon>(x, scale, out);
+  }
 
   static F32 sub(const F32& a, const F32& b) {
     return each_f32([&](int i) { return vsubq_f32(a.q[i], b.q[i]); });
@@ -184,6 +187,7 @@ struct Neon {
   static float reduce_max(const F32& x) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.q[0], x.q[1]), vmaxq_f32(x.q[2], x.q[3])));
   }
+  static F32 normal_cdf(const F32& x) { return normal_cdf_polynomial<Neon>(x); }
   static F32 choose(uint16_t lanes, const F32& yes, const F32& no) {
     constexpr uint32_t kBit[4] = {1, 2, 4, 8};
     return each_f32([&](int i) {

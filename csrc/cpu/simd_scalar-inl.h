@@ -204,6 +204,10 @@ struct Scalar {
     }
     return r;
   }
+  // Rounds the 64 values x * scale to int8. Returns sums whose total is that of the rounded values.
+  static I32 round_store_tile(const float* x, const F32& scale, int8_t* out) {
+    return round_store_vectors<Scalar>(x, scale, out);
+  }
 
   // For the elementwise part of a forward (float-inl.h).
   static F32 sub(F32 a, const F32& b) {
@@ -239,6 +243,8 @@ struct Scalar {
     for (int i = 1; i < 16; ++i) r = x.v[i] > r ? x.v[i] : r;
     return r;
   }
+  // (1 + erf(x / sqrt 2)) / 2 within 2e-6 / |x|.
+  static F32 normal_cdf(const F32& x) { return normal_cdf_polynomial<Scalar>(x); }
   // Lane i of `yes` where bit i of lanes is set, else of `no`.
   static F32 choose(uint16_t lanes, const F32& yes, F32 no) {
     for (int i = 0; i < 16; ++i) no.v[i] = lanes >> i & 1 ? yes.v[i] : no.v[i];
