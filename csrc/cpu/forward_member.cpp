@@ -89,7 +89,8 @@ void Member::attention(size_t layer) {
   if (frame_.redundant && groups == 1 && model_.head_dim() % kTileN == 0) {
     // Few rows: every member makes what its own heads need, and waits for nobody.
     const int64_t blocks = model_.head_dim() / kTileN;
-    for (const Product& p : qkv) p.plan.kernel(p.job, {heads.begin * blocks, heads.end * blocks}, {0, n}, scratch_);
+    for (const Product& p : qkv)
+      p.plan.kernel(p.job, {heads.begin * blocks, heads.end * blocks}, {0, n}, scratch_);
     mark(kProducts);
   } else {
     for (const Product& p : qkv) run(p);

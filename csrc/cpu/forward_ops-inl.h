@@ -65,7 +65,8 @@ struct Top {
   template <class Count>
   LOWBIT_INLINE void store(float* p, typename S::F32 x, Count count) {
     S::store_f32(p, x, count);
-    if constexpr (std::is_same_v<Count, int>) x = S::choose(static_cast<uint16_t>((1 << count) - 1), x, S::zero_f32());
+    if constexpr (std::is_same_v<Count, int>)
+      x = S::choose(static_cast<uint16_t>((1 << count) - 1), x, S::zero_f32());
     bits = S::magnitude_max(bits, x);
   }
   LOWBIT_INLINE float value() const { return bits_to_float(static_cast<uint32_t>(S::reduce_max(bits))); }
@@ -101,8 +102,9 @@ float layer_norm(const float* x, const NormWeights& norm, int64_t n, float* out)
 template <class S>
 float relu(const float* x, int64_t n, float* out) {
   Top<S> top;
-  for_vectors(n, [&](int64_t i, auto count)
-                     LOWBIT_LAMBDA { top.store(out + i, S::max(S::zero_f32(), load<S>(x + i, count)), count); });
+  for_vectors(n, [&](int64_t i, auto count) LOWBIT_LAMBDA {
+    top.store(out + i, S::max(S::zero_f32(), load<S>(x + i, count)), count);
+  });
   return top.value();
 }
 

@@ -31,7 +31,8 @@ LOWBIT_INLINE float max_magnitude(const float* row, Range tiles, int64_t k) {
 
 // Span s of row m, whose greatest magnitude is known: NaN or infinity where it holds any.
 template <class S>
-LOWBIT_INLINE void quantize_span(const Job& job, int64_t m, int64_t s, const float* row, Range tiles, float top) {
+LOWBIT_INLINE void quantize_span(const Job& job, int64_t m, int64_t s, const float* row, Range tiles,
+                                 float top) {
   const int64_t at = m * job.w.spans() + s;
   const bool finite = top - top == 0.0f;
   const typename S::F32 inverse = S::set1(finite && top > kSmallestMax ? 127.0f / top : 0.0f);
