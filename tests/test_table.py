@@ -23,6 +23,7 @@ TINY = {
     "lr": 0.005, "distill": 0.2, "hessian": ["--samples", "2", "4", "--check", "4", "--check-tokens", "200"],
     "kl": ["--samples", "2", "2", "--tokens", "64"], "nas": ["--epochs", "0.5"],
     "long": {"epochs": 0.7, "rows": ["best"]},
+    "trials": {"straight-through, slowly": ["--method", "straight-through", "--lr", "0.001"]},
 }  # fmt: skip
 
 
@@ -114,6 +115,7 @@ def test_named_tables_have_every_row(name):
         ({"uniform": ["3"]}, "'3'"),
         ({"long": {"epochs": 1}}, "long"),
         ({"long": {"epochs": 1, "rows": ["x"]}}, "'x'"),
+        ({"trials": {"a": "--lr 1"}}, "trials"),
         ({"colour": "red"}, "'colour'"),
     ],
 )
@@ -177,6 +179,7 @@ def test_rows_have_sizes_statistics_and_verdicts(folder, whole):
 def test_docs_have_table_and_pictures(folder, whole):
     text = (folder / "docs" / "RESULTS.md").read_text()
     assert "| Hessian 3x |" in text and "Predicted and packed sizes agree to the byte in every row." in text
+    assert "| straight-through, slowly | `--method straight-through --lr 0.001` |" in text
     for name in ("", "-bits", "-sensitivity"):
         assert f"results/table-tiny{name}.png" in text
         assert (folder / "docs" / "results" / f"table-tiny{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -24,7 +24,9 @@ class TableConfig:
         ratio: compression of all searched plans; budgets: further ones, of the Hessian's plan.
         uniform: precisions of the uniform plans; manual: rules of `lowbit allocate --manual`.
         epochs, lr, dropout_scale, distill: of every training from the full-precision model, quantized or not.
-        admm, hessian, kl, nas: further options of these stages.
+        admm: further options of the rows trained by ADMM.
+        hessian, kl, nas: further options of these stages; the supernet has the learning rate ``lr`` or its own.
+        trials: title -> other options of `lowbit admm` for the Hessian's plan, compared on validation text alone.
         long: ``{"epochs": E, "rows": [...]}``: headline rows trained again for longer; of ``LONG_ROWS``.
         seconds_per_step: measured, for the estimate of --dry-run; None where it was not.
     """
@@ -44,6 +46,7 @@ class TableConfig:
     hessian: list[str] = field(default_factory=list)
     kl: list[str] = field(default_factory=list)
     nas: list[str] = field(default_factory=list)
+    trials: dict[str, list[str]] = field(default_factory=dict)
     long: dict[str, Any] = field(default_factory=dict)
     seconds_per_step: float | None = None
 
@@ -53,6 +56,8 @@ class TableConfig:
         parse_choices(",".join(self.uniform))
         if "2" not in self.uniform:
             raise LowbitError("uniform: needs the precision 2, which the searched plans are compared with")
+        if any(isinstance(options, str) for options in self.trials.values()):
+            raise LowbitError("trials: options are lists of words")
         if self.long:
             if set(self.long) != {"epochs", "rows"}:
                 raise LowbitError("long: needs exactly epochs and rows")

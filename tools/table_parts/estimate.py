@@ -7,7 +7,7 @@ from typing import Any
 from lowbit.config import ModelConfig
 from lowbit.tools.search.choices import CHOICES
 from lowbit.tools.table_parts.config import TableConfig
-from lowbit.tools.table_parts.rows import EQUAL_BYTES, first_rows, headline_rows, plans
+from lowbit.tools.table_parts.rows import EQUAL_BYTES, first_rows, headline_rows, plans, trial_rows
 from lowbit.tools.table_parts.run import model_name
 from lowbit.tools.training.config import TrainConfig
 from lowbit.tools.training.start import Corpora
@@ -47,7 +47,7 @@ def stages(data: str, config: TableConfig) -> dict[str, Any]:
     for name in [*plans(config), EQUAL_BYTES]:
         add(f"allocate-{name}", "allocate", 0)
     add("nas", "nas", _value(config.nas, "--epochs", 3.0) * epoch, 2.5)
-    for spec in [*specs, *headline_rows(config, best)]:
+    for spec in [*specs, *headline_rows(config, best), *trial_rows(config)]:
         for seed in spec.seeds:
             add(f"train-fp32-s{seed}", "train", train.epochs * epoch)
             if spec.epochs is not None:

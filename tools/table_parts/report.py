@@ -47,6 +47,7 @@ def report(result: Mapping[str, Any]) -> str:
         "",
         *_verdicts(result, rows),
         *_correlations(result["search"]),
+        *_trials(result, rows),
     ]  # fmt: skip
     return text + "\n".join(lines) + "\n"
 
@@ -83,3 +84,14 @@ def _correlations(search: Mapping[str, Any]) -> list[str]:
                 f" rounding error: {check['spearman_even']:.3f}."
             )
     return lines
+
+
+def _trials(result: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What else was tried, beside the row that it would have changed."""
+    if not result["trials"]:
+        return []
+    tried: list[dict[str, Any]] = [{"title": "as in the table", "valid_ppl": rows["hessian"]["valid_ppl"]}]
+    tried += [row | {"options": " ".join(row["options"])} for row in result["trials"]]
+    columns = (("tried", "title", "{}"), ("options", "options", "`{}`"), ("valid PPL", "valid_ppl", "{:.2f}"))
+    heading = "The Hessian's plan trained with other options, on validation text alone:"
+    return ["", heading, "", *markdown(tried, columns).splitlines()]

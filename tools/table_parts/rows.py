@@ -86,3 +86,12 @@ def headline_rows(config: TableConfig, best: RowSpec) -> list[RowSpec]:
         key, title = f"{row.key}-long", f"{row.title}, {epochs:g} epochs"
         rows.append(RowSpec(key, title, row.kind, row.plan, row.seeds, epochs, row.options))
     return rows
+
+
+def trial_rows(config: TableConfig) -> list[RowSpec]:
+    """The Hessian's plan trained with other options, one seed each."""
+    seed, e = tuple(config.seeds[:1]), config.epochs
+    return [
+        RowSpec(f"trial-{i}", title, "admm", "hessian", seed, e, tuple(options))
+        for i, (title, options) in enumerate(config.trials.items(), 1)
+    ]

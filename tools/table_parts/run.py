@@ -14,7 +14,7 @@ from lowbit.tools.pipeline import Pipeline
 from lowbit.tools.search.choices import choice_name
 from lowbit.tools.table_parts.config import TableConfig
 from lowbit.tools.table_parts.paired import compare, perplexity_interval
-from lowbit.tools.table_parts.rows import EQUAL_BYTES, SEARCHED, RowSpec, first_rows, headline_rows, plans
+from lowbit.tools.table_parts.rows import EQUAL_BYTES, SEARCHED, RowSpec, first_rows, headline_rows, plans, trial_rows
 from lowbit.tools.training.admm_options import AdmmOptions
 from lowbit.tools.training.config import TrainConfig, config_file
 from lowbit.tools.training.data import corpus_file
@@ -49,7 +49,10 @@ class Table:
         rows = [self._row(spec) for spec in specs]
         best = min((s for s in specs if s.key in SEARCHED), key=lambda s: self._nll(s, "valid").mean())
         rows += [self._row(spec) for spec in headline_rows(self.config, best)]
-        return {"rows": rows, "best": best.key, "search": search, "table": self.config.to_dict()}
+        trials = [self._trial(spec) for spec in trial_rows(self.config)]
+        return {
+            "rows": rows, "best": best.key, "trials": trials, "search": search, "table": self.config.to_dict(),
+        }  # fmt: skip
 
     # Models
 
@@ -79,7 +82,8 @@ class Table:
         budget = ["--bytes", str(found["plan-uniform-2"]["bytes"])]
         found[f"plan-{EQUAL_BYTES}"] = self._allocate(EQUAL_BYTES, "hessian", budget)
         out = self._plan("nas")
-        argv = [fp, "--data", self.data, "--ratio", str(c.ratio), "--lr", str(c.lr), *c.nas, "--out", out]
+        lr = [] if "--lr" in c.nas else ["--lr", str(c.lr)]
+        argv = [fp, "--data", self.data, "--ratio", str(c.ratio), *lr, *c.nas, "--out", out]
         found["nas"] = step("nas", "nas", argv, [fp, *self._corpus()], [out])
         return {key: {k: v for k, v in value.items() if "seconds" not in k} for key, value in found.items()}
 
@@ -111,7 +115,8 @@ class Table:
             return packed
         trained = self._path(f"{name}.safetensors")
         argv = [fp, "--plan", plan, "--data", self.data, "--method", spec.kind, *self._training(spec, seed)]
-        argv += ["--distill", str(c.distill), *c.admm, *spec.options, "--out", trained]
+        own = c.admm if spec.kind == "admm" else ()
+        argv += ["--distill", str(c.distill), *own, *spec.options, "--out", trained]
         result = self.pipeline.run(f"admm-{name}", "admm", argv, [fp, plan, *self._corpus()], [trained])
         self.seconds[name] = result["seconds"]
         self.pipeline.run(f"pack-{name}", "pack", [trained, "--out", packed], [trained], [packed])
@@ -135,6 +140,13 @@ class Table:
             self.pipeline.run(f"evaluate-{name}-{split}", "evaluate", argv, [model, self.texts[split]], [file])
             out.append(np.load(file))
         return np.stack(out)
+
+    def _trial(self, spec: RowSpec) -> dict[str, Any]:
+        nll = self._nll(spec, "valid")
+        ppl, low, high = perplexity_interval(nll)
+        return {
+            "title": spec.title, "options": list(spec.options), "valid_ppl": ppl, "valid_low": low, "valid_high": high,
+        }  # fmt: skip
 
     def _row(self, spec: RowSpec) -> dict[str, Any]:
         models = [self._model(spec, seed) for seed in spec.seeds]
