@@ -54,7 +54,8 @@ def stages(data: str, config: TableConfig) -> dict[str, Any]:
                 stage = "train" if spec.kind == "train" else "admm"
                 distilled = config.distill > 0 and (stage == "admm" or "--distill" in spec.options)
                 weight = (_QUANTIZED if stage == "admm" else 1.0) * (_DISTILLED if distilled else 1.0)
-                add(f"{stage}-{model_name(spec, seed)}", stage, spec.epochs * epoch, weight)
+                epochs = _value(list(spec.options), "--epochs", spec.epochs)
+                add(f"{stage}-{model_name(spec, seed)}", stage, epochs * epoch, weight)
     seconds = [s["seconds"] for s in out if s["seconds"] is not None]
     return {
         "parameters": model.n_parameters(), "steps_an_epoch": epoch, "stages": out,
