@@ -121,6 +121,22 @@ def test_the_number_of_threads_changes_nothing(model):
         assert np.array_equal(scores, results[0][0]) and np.array_equal(distribution, results[0][1])
 
 
+@pytest.mark.parametrize("heads", [2, 4, 8])
+def test_tokens_one_by_one_are_the_same_on_any_number_of_threads(tmp_path, pack_random, heads):
+    """d_model 512 is worth five threads for one token: more than heads, as many as can share them, and fewer."""
+    config = replace(CONFIG, d_model=512, n_heads=heads)
+    write_packed(tmp_path / "m.lowbit", pack_random(config))
+    backend, results = NativeBackend(load_model(tmp_path / "m.lowbit").model), []
+    for threads in (1, 2, 3, 5):
+        ops.set_threads(threads)
+        past, found = None, []
+        for token in range(12):
+            past, distribution = backend.extend(past, [token], True)
+            found.append(distribution)
+        results.append(np.stack(found))
+    assert all(np.array_equal(r, results[0]) for r in results[1:])
+
+
 @settings(max_examples=20)
 @given(st.integers(1, 120), st.integers(0, 1000), st.sampled_from([1, 16, 1000]), st.integers(1, 3))
 def test_scores_are_the_same_bits_in_any_batch(model, nodes, seed, budget, threads):

@@ -86,7 +86,7 @@ void Member::attention(size_t layer) {
   const int groups = team_.size / columns;
   const bool idle = team_.rank >= columns * groups;
   const Range heads = share(model_.heads, 1, {team_.rank % columns, columns});
-  if (frame_.redundant && groups == 1 && model_.head_dim() % kTileN == 0) {
+  if (frame_.redundant && columns == team_.size && model_.head_dim() % kTileN == 0) {
     // Few rows: every member makes what its own heads need, and waits for nobody.
     const int64_t blocks = model_.head_dim() / kTileN;
     for (const Product& p : qkv)
