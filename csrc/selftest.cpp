@@ -237,6 +237,8 @@ void test_case(const Case& c, std::vector<Tally>& tallies) {
 constexpr int kRows[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14,
                          15, 16, 17, 18, 24, 31, 32, 33, 48, 63, 64, 65, 130};
 constexpr int kOutputs[] = {1, 3, 15, 16, 17, 31, 33, 48, 70, 100};
+constexpr int kGroups[] = {128, 320,
+                           832};  // of which a chunk of the tile kernel holds several, two, less than one
 constexpr int kInputs[] = {1, 5, 63, 64, 65, 127, 128, 130, 192, 256, 320, 777, 1000, 1088};
 
 // Sums of one span at the edge of int32, and K beyond the longest span.
@@ -257,7 +259,7 @@ std::vector<Case> all_cases() {
     for (const bool lookup : {false, true}) {
       if (lookup && bits != 2 && bits != 4) continue;
       for (const int m : kRows) {
-        for (const int group : {0, 64, 128}) {  // 0: one scale a row
+        for (const int group : {0, 64, one_of(kGroups)}) {  // 0: one scale a row
           const int k = one_of(kInputs), n = one_of(kOutputs);
           const auto numbers = below(8) == 0 ? Numbers::kNotFinite : Numbers::kRandom;
           cases.push_back({bits, n, k, group == 0 || group > k ? k : group, m, lookup, numbers});

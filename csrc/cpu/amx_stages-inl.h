@@ -14,10 +14,18 @@ constexpr int kChunkTiles = 12;  // of two blocks: 24 KiB, half of L1
 constexpr int kPairRows = 2 * kTileRows;
 constexpr int64_t kPairBytes = 4 * kTileBytes, kHalfBytes = 2 * kTileBytes;
 
-// Consecutive inputs of two blocks: a span, or a part of one.
+// Consecutive inputs of two blocks, unpacked at a time: whole spans, or a part of one.
 struct Chunk {
-  int64_t block, tile, tiles, span;
-  bool first, last;  // of its span
+  int64_t block, tile, tiles;
+};
+
+// What is summed in int32 without a break: the tiles of one span in a chunk against a pair of row groups.
+struct Segment {
+  int64_t block, row, span;
+  int row_groups, blocks;  // 1 or 2 of each; 0: none
+  bool first, last;        // of its span
+  uint8_t* c;              // where its accumulators go, [2 blocks][32 rows][16]
+  uint8_t* sums;           // fp32 sums of the spans before, likewise
 };
 
 // Packed tiles of block j of a chunk; where `blocks` is 1, the first stands in for the second.
@@ -112,31 +120,28 @@ struct Rows {
 template <bool kCodes>
 class Folder {
  public:
-  explicit Folder(const Job& job) : job_(job) {}
+  Folder(const Job& job, int64_t rows_end) : job_(job), rows_end_(rows_end) {}
 
-  // The pair of row groups that begins at row; c and sums: its accumulators.
-  void start(const Chunk& chunk, int64_t row, const uint8_t* c, uint8_t* sums) {
+  void start(const Segment& s) {
     const Matrix& w = job_.w;
-    const int64_t spans = w.spans();
-    left_ = least(job_.m - row, kPairRows);
-    c_ = c;
-    sx_ = job_.act.scale + row * spans + chunk.span;
-    sum_ = job_.act.sum + row * spans + chunk.span;
+    const int64_t spans = w.spans(), y_bytes = job_.y_stride * 4;
+    left_ = least(rows_end_ - s.row, kPairRows);
+    c_ = s.c;
+    sx_ = job_.act.scale + s.row * spans + s.span;
+    sum_ = job_.act.sum + s.row * spans + s.span;
     stride_ = spans;
-    const bool complete = chunk.span + 1 == spans;
+    const bool complete = s.span + 1 == spans;
     for (int j = 0; j < 2; ++j) {
-      const int64_t block = least(chunk.block + j, w.blocks() - 1), output = block * kTileN;
-      uint8_t* so_far = sums + j * kHalfBytes;
-      Avx512::store_f32(scale_[j], Avx512::load_half(w.scales + (block * spans + chunk.span) * kTileN),
-                        kTileN);
+      const int64_t block = least(s.block + j, w.blocks() - 1), output = block * kTileN;
+      uint8_t* so_far = s.sums + j * kHalfBytes;
+      Avx512::store_f32(scale_[j], Avx512::load_half(w.scales + (block * spans + s.span) * kTileN), kTileN);
       Avx512::store_f32(bias_[j], load_bias<Avx512>(job_, block), kTileN);
-      before_[j] =
-          chunk.span > 0 ? Rows{so_far, kVectorBytes} : Rows{reinterpret_cast<uint8_t*>(bias_[j]), 0};
-      after_[j] = complete ? Rows{reinterpret_cast<uint8_t*>(job_.y + row * job_.y_stride + output),
-                                  job_.y_stride * 4}
-                           : Rows{so_far, kVectorBytes};
+      before_[j] = s.span > 0 ? Rows{so_far, kVectorBytes} : Rows{reinterpret_cast<uint8_t*>(bias_[j]), 0};
+      after_[j] = complete
+                      ? Rows{reinterpret_cast<uint8_t*>(job_.y + s.row * job_.y_stride + output), y_bytes}
+                      : Rows{so_far, kVectorBytes};
       const int64_t count = complete ? least(kTileN, w.n - output) : kTileN;
-      mask_[j] = Avx512::first(block == chunk.block + j ? static_cast<int>(count) : 0);
+      mask_[j] = Avx512::first(block == s.block + j ? static_cast<int>(count) : 0);
     }
   }
 
@@ -172,6 +177,7 @@ class Folder {
 
  private:
   const Job& job_;
+  const int64_t rows_end_;
   int64_t left_ = 0;  // rows
   const uint8_t* c_ = nullptr;
   const float* sx_ = nullptr;

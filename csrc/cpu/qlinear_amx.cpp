@@ -19,113 +19,168 @@ constexpr int64_t kRowBytesInL2 = 1 << 20;  // of activations
 constexpr int64_t kNear = 1 << 20;          // packed weights up to this size stay in L2 from call to call
 constexpr int64_t kMaxRowsAtATime = 1024;
 
-// C 0-3 = [row group][block], A 4-5, B 6-7.
+// Tile registers: C 0-3 = [row group][block], A 4-5, B 6-7.
 constexpr int kTileA = 4, kTileB = 6;
 
-// kA row groups x kB blocks b over one chunk, from and to the accumulators c. between(t, j) runs when tile t of
-// block j has been read, fold() once a step.
-template <int kA, int kB, bool kCodes, class F, class G>
-LOWBIT_INLINE void multiply(const Job& job, const Chunk& chunk, int64_t group, const uint8_t* const (&b)[2],
-                            uint8_t* c, const F& between, const G& fold) {
-  unroll<kA * kB>([&](auto i) LOWBIT_LAMBDA {
-    if (chunk.first) {
-      tile_zero<i / kB * 2 + i % kB>();
-    } else {
-      tile_load<i / kB * 2 + i % kB>(c + (i % kB * 2 + i / kB) * kTileBytes);
-    }
-  });
-  const int8_t* a[kA];
-  for (int i = 0; i < kA; ++i) a[i] = job.act.at((group + i) * kTileRows, chunk.tile);
-  for (int64_t t = 0; t < chunk.tiles; ++t) {
-    unroll<kA>([&](auto i) LOWBIT_LAMBDA {
-      tile_stream<kTileA + i>(a[i] + t * kTileBytes);
-      unroll<kB>([&](auto j) LOWBIT_LAMBDA {
-        if constexpr (i == 0) tile_load<kTileB + j>(b[j] + t * kTileBytes);
-        tile_dot<i * 2 + j, kTileA + i, kTileB + j, kCodes>();
-        if constexpr (i == kA - 1) between(t, j);
-      });
-    });
-    fold();
-  }
-  unroll<kA * kB>(
-      [&](auto i) LOWBIT_LAMBDA { tile_store<i / kB * 2 + i % kB>(c + (i % kB * 2 + i / kB) * kTileBytes); });
-}
-
-// The chunk after this one, along K, then along N. A span is cut into nearly equal chunks of at most `most` tiles.
+// The chunk after this one, along K, then along N: as many whole spans as fit `most` tiles, or a nearly equal part of a
+// span.
 Chunk next(const Matrix& w, Chunk chunk, int64_t most) {
   chunk.tile += chunk.tiles;
   if (chunk.tile == w.tiles_k()) {
     chunk.block += 2;
     chunk.tile = 0;
   }
-  chunk.span = chunk.tile / w.span_tiles();
-  const int64_t begin = chunk.span * w.span_tiles(), end = least(w.tiles_k(), begin + w.span_tiles());
-  chunk.tiles = least(ceil_div(end - begin, ceil_div(end - begin, most)), end - chunk.tile);
-  chunk.first = chunk.tile == begin;
-  chunk.last = chunk.tile + chunk.tiles == end;
+  const int64_t span = w.span_tiles();
+  if (span <= most) {
+    chunk.tiles = least(most / span * span, w.tiles_k() - chunk.tile);
+  } else {
+    const int64_t begin = chunk.tile / span * span, end = least(w.tiles_k(), begin + span);
+    chunk.tiles = least(ceil_div(end - begin, ceil_div(end - begin, most)), end - chunk.tile);
+  }
   return chunk;
 }
 
-// Some row groups times all blocks.
+// Some rows times some blocks.
 template <int kBits>
-void rows_at_once(const Job& job, Range blocks, Range groups, const Scratch& scratch) {
-  constexpr bool kCodes = kBits == 8;  // tiles that are bytes are read where they lie
-  const Matrix& w = job.w;
-  Unpacker<kBits> unpacker(w);
-  Folder<kCodes> folder(job);
-  Prefetcher prefetcher;
-  const auto width = [&](const Chunk& chunk) { return static_cast<int>(least(2, blocks.end - chunk.block)); };
-  const auto unpack_from = [&](int64_t t) {
-    for (; !kCodes && t < unpacker.tiles(); ++t) {
-      unpacker.tile(0, t, scratch.b);
-      unpacker.tile(1, t, scratch.b);
-    }
-  };
-  const int64_t early = (groups.size() - 1) / 2 + (kCodes ? 1 : 0);  // pairs that leave time to prefetch
-  const bool far = early > 0 && blocks.size() * w.block_bytes() > kNear;
-  const int64_t most = groups.size() > 2 ? kChunkTiles : kShortChunkTiles;
-  Chunk chunk = next(w, Chunk{blocks.begin - 2, w.tiles_k(), 0, 0, false, false}, most);
-  unpacker.start(chunk, width(chunk));
-  unpack_from(0);
-  while (chunk.block < blocks.end) {
-    const Chunk following = next(w, chunk, most);
-    if (following.block < blocks.end) {
-      unpacker.start(following, width(following));
-      if (far) prefetcher.start(w, following, width(following), early * chunk.tiles);
-    }
-    const int64_t quota = ceil_div(kPairRows, chunk.tiles);
-    const auto fold = [&]() LOWBIT_LAMBDA {
-      folder.step(quota);
-      prefetcher.step();
-    };
-    const uint8_t* b[2];
-    for (int j = 0; j < 2; ++j) {
-      b[j] = kCodes ? packed(w, chunk, j, width(chunk)) : scratch.b + j * kChunkTiles * kTileBytes;
-    }
-    for (int64_t group = groups.begin; group < groups.end; group += 2) {
-      // Accumulators wait between the chunks of a span; else all pairs share those of the first, in L1.
-      const int64_t at = (group - groups.begin) / 2 * kPairBytes;
-      const bool two = group + 1 < groups.end;
-      const int64_t unpacked = group + 2 >= groups.end && following.block < blocks.end ? unpacker.tiles() : 0;
-      const auto between = [&](int64_t t, int j) LOWBIT_LAMBDA {
-        if (!kCodes && t < unpacked) unpacker.tile(j, t, scratch.b);
-      };
-      uint8_t* c = scratch.c + (chunk.first && chunk.last ? 0 : at);
-      if (width(chunk) == 1) {
-        two ? multiply<2, 1, kCodes>(job, chunk, group, b, c, between, fold)
-            : multiply<1, 1, kCodes>(job, chunk, group, b, c, between, fold);
-      } else {
-        two ? multiply<2, 2, kCodes>(job, chunk, group, b, c, between, fold)
-            : multiply<1, 2, kCodes>(job, chunk, group, b, c, between, fold);
+class Product {
+ public:
+  Product(const Job& job, Range blocks, Range rows, const Scratch& scratch)
+      : job_(job),
+        w_(job.w),
+        blocks_(blocks),
+        rows_(rows),
+        scratch_(scratch),
+        unpacker_(w_),
+        folder_(job, rows.end) {}
+
+  void run() {
+    const int64_t pairs = ceil_div(rows_.size(), kPairRows), early = pairs - (kCodes ? 0 : 1);
+    const bool far = pairs > 1 && blocks_.size() * w_.block_bytes() > kNear;
+    const int64_t most = pairs > 1 ? kChunkTiles : kShortChunkTiles;
+    Chunk chunk = next(w_, Chunk{blocks_.begin - 2, w_.tiles_k(), 0}, most);
+    unpacker_.start(chunk, width(chunk));
+    unpack_from(0);
+    while (chunk.block < blocks_.end) {
+      const Chunk following = next(w_, chunk, most);
+      const bool more = following.block < blocks_.end;
+      if (more) {
+        unpacker_.start(following, width(following));
+        if (far) prefetcher_.start(w_, following, width(following), early * chunk.tiles);
       }
-      folder.step(kPairRows);
-      if (chunk.last) folder.start(chunk, group * kTileRows, c, scratch.sums + at);
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        multiply(chunk, pair, pair + 1 == pairs && more ? unpacker_.tiles() : 0);
+      }
+      if (more) unpack_from(chunk.tiles);
+      chunk = following;
     }
-    if (following.block < blocks.end) unpack_from(chunk.tiles);
-    chunk = following;
+    finish();
   }
-  folder.step(kPairRows);
-}
+
+ private:
+  static constexpr bool kCodes = kBits == 8;  // tiles that are bytes are read where they lie
+
+  int width(const Chunk& chunk) const { return static_cast<int>(least(2, blocks_.end - chunk.block)); }
+
+  void unpack_from(int64_t t) {
+    for (; !kCodes && t < unpacker_.tiles(); ++t) {
+      unpacker_.tile(0, t, scratch_.b);
+      unpacker_.tile(1, t, scratch_.b);
+    }
+  }
+
+  // One pair of row groups against a chunk. unpacked: tiles of the next chunk to leave in its place.
+  void multiply(const Chunk& chunk, int64_t pair, int64_t unpacked) {
+    const int64_t span_tiles = w_.span_tiles(), at = pair * kPairBytes;
+    Segment now{};
+    now.block = chunk.block;
+    now.row = rows_.begin + pair * kPairRows;
+    now.row_groups = rows_.end - now.row > kTileRows ? 2 : 1;
+    now.blocks = width(chunk);
+    now.sums = scratch_.sums + at;
+    for (int64_t t = 0, tiles; t < chunk.tiles; t += tiles) {
+      tiles = least(span_tiles, chunk.tiles - t);
+      const int64_t begin = chunk.tile + t, end = begin + tiles;
+      now.span = begin / span_tiles;
+      now.first = begin % span_tiles == 0;
+      now.last = end % span_tiles == 0 || end == w_.tiles_k();
+      // Accumulators wait between the chunks of a span; else all pairs share those of the first, in L1.
+      now.c = scratch_.c + (now.first && now.last ? 0 : at);
+      const int8_t* a[2];
+      const uint8_t* b[2];
+      for (int i = 0; i < 2; ++i) {
+        a[i] = job_.act.at(now.row + i * kTileRows, begin);
+        b[i] = kCodes ? packed(w_, chunk, i, now.blocks) + t * kTileBytes
+                      : scratch_.b + (i * kChunkTiles + t) * kTileBytes;
+      }
+      const auto between = [&](int64_t step, int j) LOWBIT_LAMBDA {
+        if (!kCodes && t + step < unpacked) unpacker_.tile(j, t + step, scratch_.b);
+      };
+      if (now.row_groups == 2) {
+        now.blocks == 2 ? accumulate<2, 2>(now, a, b, tiles, between)
+                        : accumulate<2, 1>(now, a, b, tiles, between);
+      } else {
+        now.blocks == 2 ? accumulate<1, 2>(now, a, b, tiles, between)
+                        : accumulate<1, 1>(now, a, b, tiles, between);
+      }
+      before_ = now;
+    }
+  }
+
+  // kA row groups x kB blocks over `tiles` tiles from a and b. The accumulators of the segment before are stored one by
+  // one between the first products, so that the tile unit need not wait, and folded during the others.
+  // between(t, j) runs when tile t of block j has been read.
+  template <int kA, int kB, class F>
+  LOWBIT_INLINE void accumulate(const Segment& now, const int8_t* const (&a)[2], const uint8_t* const (&b)[2],
+                                int64_t tiles, const F& between) {
+    const bool carry = !now.first && before_.c == now.c;  // the accumulators stay where they are
+    const auto step = [&](auto begin, int64_t t) LOWBIT_LAMBDA {
+      unroll<4>([&](auto q) LOWBIT_LAMBDA {
+        constexpr int i = decltype(q)::value / 2, j = decltype(q)::value % 2;
+        constexpr bool kUsed = i < kA && j < kB;
+        if constexpr (kUsed && j == 0) tile_stream<kTileA + i>(a[i] + t * kTileBytes);
+        if constexpr (kUsed && i == 0) tile_load<kTileB + j>(b[j] + t * kTileBytes);
+        if (begin && !carry) {
+          store<q>();
+          if constexpr (kUsed) now.first ? tile_zero<q>() : tile_load<q>(accumulator(now, q));
+        }
+        if constexpr (kUsed) tile_dot<q, kTileA + i, kTileB + j, kCodes>();
+        if constexpr (kUsed && i == kA - 1) between(t, j);
+      });
+      prefetcher_.step();
+    };
+    folder_.step(kPairRows);
+    step(std::true_type(), 0);
+    if (!carry && before_.last) folder_.start(before_);
+    const int64_t quota = ceil_div(kPairRows, tiles);
+    for (int64_t t = 1; t < tiles; ++t) {
+      step(std::false_type(), t);
+      folder_.step(quota);
+    }
+  }
+
+  static uint8_t* accumulator(const Segment& s, int q) { return s.c + (q % 2 * 2 + q / 2) * kTileBytes; }
+
+  template <int kC>
+  LOWBIT_INLINE void store() const {
+    if (kC / 2 < before_.row_groups && kC % 2 < before_.blocks) tile_store<kC>(accumulator(before_, kC));
+  }
+
+  void finish() {
+    folder_.step(kPairRows);
+    unroll<4>([&](auto q) LOWBIT_LAMBDA { store<q>(); });
+    folder_.start(before_);
+    folder_.step(kPairRows);
+  }
+
+  const Job& job_;
+  const Matrix& w_;
+  const Range blocks_, rows_;
+  const Scratch scratch_;
+  Unpacker<kBits> unpacker_;
+  Folder<kCodes> folder_;
+  Prefetcher prefetcher_;
+  Segment before_{};  // its accumulators are still in registers
+};
 
 int64_t rows_at_a_time(const Matrix& w) {
   const int64_t rows = kRowBytesInL2 / (w.tiles_k() * kTileK) / kPairRows * kPairRows;
@@ -144,8 +199,8 @@ void amx(const Job& job, Range blocks, Range rows, uint8_t* scratch) {
   load_config(config);
   const int64_t step = rows_at_a_time(job.w);
   for (int64_t m = rows.begin; m < rows.end; m += step) {
-    const Range groups{m / kTileRows, ceil_div(least(m + step, rows.end), kTileRows)};
-    rows_at_once<kBits>(job, blocks, groups, Scratch(scratch, ceil_div(groups.size(), 2)));
+    const Range some{m, least(m + step, rows.end)};
+    Product<kBits>(job, blocks, some, Scratch(scratch, ceil_div(some.size(), kPairRows))).run();
   }
   release_tiles();
 }
