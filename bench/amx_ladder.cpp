@@ -5,8 +5,8 @@
 //   build/ladder/lowbit_amx_ladder > docs/results/amx-ladder.json
 //
 // A step is four tile products, 32 rows x 32 outputs x 64 inputs, 131072 operations; the unit of TDPBSSD takes 16
-// cycles a product, 64 a step. Every figure is the shortest of many runs. Cycles are those of the core at the moment, counted
-// by a chain of multiplications (3 cycles each).
+// cycles a product, 64 a step. Every figure is the shortest of many runs. Cycles are those of the core at the moment,
+// counted by a chain of multiplications (3 cycles each).
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -88,8 +88,8 @@ constexpr int64_t kGroups = 16, kTiles = 64,
 
 enum class Store { kNone, kTogether, kBetween };
 
-// All steps of the kernel's loops over A (a_tiles, a power of two) and one chunk of B. kStream: A past L1. kStore: fresh
-// accumulators for every chunk; the old ones are stored together, or one by one between the next products.
+// All steps of the kernel's loops over A (a_tiles, a power of two) and one chunk of B. kStream: A past L1. kStore:
+// fresh accumulators for every chunk; the old ones are stored together, or one by one between the next products.
 template <bool kStream, Store kStore, bool kVector>
 void sweep(const uint8_t* a, const uint8_t* b, uint8_t* c, int64_t a_tiles) {
   for (int64_t chunk = 0; chunk < kTiles; chunk += kChunk) {

@@ -17,6 +17,33 @@ constexpr int64_t kPairBytes = 4 * kTileBytes, kHalfBytes = 2 * kTileBytes;
 // Consecutive inputs of two blocks, unpacked at a time: whole spans, or a part of one.
 struct Chunk {
   int64_t block, tile, tiles;
+  int64_t span, begin;  // the span of its first tile, and where that begins
+};
+
+// The chunks of a matrix, along K, then along N: as many whole spans as fit `most` tiles, or nearly equal parts of one.
+// One division here spares several of every chunk, which may be but eight steps long.
+class Cutter {
+ public:
+  Cutter(const Matrix& w, int64_t most) : tiles_(w.tiles_k()), span_(w.span_tiles()) {
+    whole_ = most / span_;
+    part_ = whole_ > 0 ? whole_ * span_ : ceil_div(span_, ceil_div(span_, most));
+  }
+  Chunk first(int64_t block) const { return {block, 0, least(part_, tiles_), 0, 0}; }
+  Chunk after(Chunk chunk) const {
+    chunk.tile += chunk.tiles;
+    if (chunk.tile == tiles_) return first(chunk.block + 2);
+    if (whole_ > 0 || chunk.tile == chunk.begin + span_) {
+      chunk.span += whole_ > 0 ? whole_ : 1;
+      chunk.begin = chunk.tile;
+    }
+    const int64_t end = whole_ > 0 ? tiles_ : least(tiles_, chunk.begin + span_);
+    chunk.tiles = least(part_, end - chunk.tile);
+    return chunk;
+  }
+
+ private:
+  const int64_t tiles_, span_;
+  int64_t whole_, part_;  // spans and tiles of a chunk
 };
 
 // What is summed in int32 without a break: the tiles of one span in a chunk against a pair of row groups.
@@ -109,39 +136,34 @@ class Unpacker {
   int64_t tiles_;
 };
 
-// A vector of each row: at a stride, or one for all rows where it is 0.
-struct Rows {
-  uint8_t* at;
-  int64_t stride;  // bytes
-};
-
 // Turns the accumulators of a complete span into outputs, a few rows at a time:
 // y = bias + sum over spans of scale * sx * C. kCodes: C are sums of codes, 128 above their levels.
+// Its loop is called, not inlined among tile instructions, where the compiler ran out of registers and moved strides
+// and sums through vector and mask registers: that took longer than the products.
 template <bool kCodes>
 class Folder {
  public:
-  Folder(const Job& job, int64_t rows_end) : job_(job), rows_end_(rows_end) {}
+  Folder(const Job& job, int64_t rows_end) : job_(job), rows_end_(rows_end), spans_(job.w.spans()) {}
 
   void start(const Segment& s) {
     const Matrix& w = job_.w;
-    const int64_t spans = w.spans(), y_bytes = job_.y_stride * 4;
+    const int64_t at = s.row * spans_ + s.span;
     left_ = least(rows_end_ - s.row, kPairRows);
+    done_ = 0;
+    const bool first = s.span == 0, last = s.span + 1 == spans_;
+    fold_ = first ? (last ? &Folder::rows<true, true> : &Folder::rows<true, false>)
+                  : (last ? &Folder::rows<false, true> : &Folder::rows<false, false>);
     c_ = s.c;
-    sx_ = job_.act.scale + s.row * spans + s.span;
-    sum_ = job_.act.sum + s.row * spans + s.span;
-    stride_ = spans;
-    const bool complete = s.span + 1 == spans;
+    sums_ = s.sums;
+    sx_ = job_.act.scale + at;
+    sum_ = job_.act.sum + at;
+    y_ = job_.y + s.row * job_.y_stride + s.block * kTileN;
     for (int j = 0; j < 2; ++j) {
-      const int64_t block = least(s.block + j, w.blocks() - 1), output = block * kTileN;
-      uint8_t* so_far = s.sums + j * kHalfBytes;
-      Avx512::store_f32(scale_[j], Avx512::load_half(w.scales + (block * spans + s.span) * kTileN), kTileN);
+      const int64_t block = least(s.block + j, w.blocks() - 1);
+      Avx512::store_f32(scale_[j], Avx512::load_half(w.scales + (block * spans_ + s.span) * kTileN), kTileN);
       Avx512::store_f32(bias_[j], load_bias<Avx512>(job_, block), kTileN);
-      before_[j] = s.span > 0 ? Rows{so_far, kVectorBytes} : Rows{reinterpret_cast<uint8_t*>(bias_[j]), 0};
-      after_[j] = complete
-                      ? Rows{reinterpret_cast<uint8_t*>(job_.y + s.row * job_.y_stride + output), y_bytes}
-                      : Rows{so_far, kVectorBytes};
-      const int64_t count = complete ? least(kTileN, w.n - output) : kTileN;
-      mask_[j] = Avx512::first(block == s.block + j ? static_cast<int>(count) : 0);
+      const int64_t count = least(kTileN, w.n - block * kTileN);
+      mask_[j] = Avx512::first(j < s.blocks ? static_cast<int>(count) : 0);
     }
   }
 
@@ -149,41 +171,57 @@ class Folder {
     quota = least(quota, left_);
     if (quota <= 0) return;
     left_ -= quota;
-    const __m512 scale[2] = {Avx512::load_f32(scale_[0]), Avx512::load_f32(scale_[1])};
-    const __mmask16 mask[2] = {mask_[0], mask_[1]};
-    Rows before[2] = {before_[0], before_[1]}, after[2] = {after_[0], after_[1]};
-    const uint8_t* c = c_;
-    const float* sx = sx_;
-    const int32_t* sum_of_row = sum_;
-    const int64_t stride = stride_;
-    do {
-      const __m512 row_scale = Avx512::set1(*sx);
-      unroll<2>([&](auto j) LOWBIT_LAMBDA {
-        __m512i total = Avx512::load(c + j * kHalfBytes);
-        if constexpr (kCodes) total = _mm512_sub_epi32(total, _mm512_set1_epi32(128 * *sum_of_row));
-        const __m512 so_far = Avx512::load_f32(reinterpret_cast<const float*>(before[j].at));
-        const __m512 y = Avx512::fmadd(Avx512::to_f32(total), Avx512::mul(scale[j], row_scale), so_far);
-        _mm512_mask_storeu_ps(after[j].at, mask[j], y);
-        before[j].at += before[j].stride;
-        after[j].at += after[j].stride;
-      });
-      c += kVectorBytes;
-      sx += stride;
-      sum_of_row += stride;
-    } while (--quota > 0);
-    c_ = c, sx_ = sx, sum_ = sum_of_row;
-    for (int j = 0; j < 2; ++j) before_[j].at = before[j].at, after_[j].at = after[j].at;
+    (this->*fold_)(quota);
   }
 
  private:
+  // kFirst, kLast: of the row's spans.
+  template <bool kFirst, bool kLast>
+  __attribute__((noinline)) void rows(int64_t count) {
+    const __m512 scale[2] = {Avx512::load_f32(scale_[0]), Avx512::load_f32(scale_[1])};
+    const __m512 bias[2] = {Avx512::load_f32(bias_[0]), Avx512::load_f32(bias_[1])};
+    const __mmask16 mask[2] = {mask_[0], mask_[1]};
+    const int64_t spans = spans_, y_stride = job_.y_stride, done = done_;
+    const uint8_t* c = c_ + done * kVectorBytes;
+    uint8_t* sums = sums_ + done * kVectorBytes;
+    const float* sx = sx_ + done * spans;
+    const int32_t* sum_of_row = sum_ + done * spans;
+    float* y = y_ + done * y_stride;
+    done_ = done + count;
+    do {
+      const __m512 row_scale = Avx512::set1(*sx);
+      unroll<2>([&](auto j) LOWBIT_LAMBDA {
+        constexpr int64_t kAt = j * kHalfBytes;
+        auto* so_far = reinterpret_cast<float*>(sums + kAt);
+        __m512i total = Avx512::load(c + kAt);
+        if constexpr (kCodes) {
+          total = _mm512_sub_epi32(total, _mm512_slli_epi32(_mm512_set1_epi32(*sum_of_row), 7));
+        }
+        const __m512 value = Avx512::fmadd(Avx512::to_f32(total), Avx512::mul(scale[j], row_scale),
+                                           kFirst ? bias[j] : Avx512::load_f32(so_far));
+        if constexpr (kLast) {
+          _mm512_mask_storeu_ps(y + j * kTileN, mask[j], value);
+        } else {
+          _mm512_storeu_ps(so_far, value);
+        }
+      });
+      c += kVectorBytes;
+      sums += kVectorBytes;
+      sx += spans;
+      sum_of_row += spans;
+      y += y_stride;
+    } while (--count > 0);
+  }
+
   const Job& job_;
-  const int64_t rows_end_;
-  int64_t left_ = 0;  // rows
+  const int64_t rows_end_, spans_;
+  int64_t done_ = 0, left_ = 0;  // rows
+  void (Folder::*fold_)(int64_t) = nullptr;
   const uint8_t* c_ = nullptr;
+  uint8_t* sums_ = nullptr;
   const float* sx_ = nullptr;
   const int32_t* sum_ = nullptr;
-  int64_t stride_ = 0;  // of both
-  Rows before_[2] = {}, after_[2] = {};
+  float* y_ = nullptr;
   __mmask16 mask_[2] = {};
   alignas(64) float scale_[2][kTileN], bias_[2][kTileN];
 };

@@ -18,7 +18,11 @@ struct Table {
     fill(Isa::kAvx2, kAvx2Kernels);
     fill(Isa::kAvx512, kAvx512Kernels);
     fill(Isa::kAmx, kAvx512Kernels);
-    for (int i = 0; i < 4; ++i) set[static_cast<int>(Isa::kAmx)][i].large = kAmxPanels[i];
+    for (int i = 0; i < 4; ++i) {
+      KernelSet& amx = set[static_cast<int>(Isa::kAmx)][i];
+      amx.large = kAmxPanels[i];
+      if (kVbmiLookups[i] != nullptr) amx.small_lookup = kVbmiLookups[i];
+    }
 #elif defined(LOWBIT_ARM)
     fill(Isa::kNeon, kNeonKernels);
 #endif

@@ -10,7 +10,7 @@
 namespace lowbit {
 namespace {
 
-constexpr int64_t kPieceTiles = 6;     // of 4 blocks: 24 KiB; with the rows' activations less than L1
+constexpr int64_t kPieceTiles = 8;     // of 4 blocks: 32 KiB; with the rows' activations less than L1
 constexpr int64_t kRowsAtATime = 384;  // sums that wait: 96 KiB
 constexpr int64_t kRowsOfTile = kTileK / 4;
 

@@ -25,6 +25,8 @@ struct Packed {
   static LOWBIT_INLINE typename S::Bytes row(const typename S::Bytes& x, const typename S::Lut& lut) {
     if constexpr (kBits == 8) {
       return S::operand8(x);
+    } else if constexpr (kLookup && S::kLooksUpPacked) {
+      return S::template lookup_packed<kBits, kRow>(x, lut);
     } else if constexpr (kLookup) {
       return S::lookup(S::template codes<kBits, kRow>(x), lut);
     } else {

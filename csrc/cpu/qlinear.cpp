@@ -51,12 +51,13 @@ Grid by_outputs(int members, int64_t column_units, int64_t row_units) {
 }
 
 // Or rows alone, so that a member finds the activations that it prepared in its own cache, at the price of reading all
-// weights. Measured with tile kernels: worth it where the products of a member's rows take longer than the weights, or
-// the weights are few beside the activations.
+// weights. Measured with tile kernels: worth it where the products of a member's rows take longer than the weights (with
+// 128 rows they do at any width), or the weights are few beside the activations.
 bool by_rows(const Job& job, const LinearPlan& plan, int members) {
   const Matrix& w = job.w;
   const int64_t rows = job.m / members, weights = w.blocks() * w.block_bytes();
-  return plan.form.tiled && rows >= kRowUnit && (rows >= 32 * w.bits || weights <= 4 * job.m * w.k);
+  return plan.form.tiled && rows >= kRowUnit &&
+         (rows >= (w.bits < 4 ? 32 * w.bits : 128) || weights <= 4 * job.m * w.k);
 }
 
 Grid grid(const Job& job, const LinearPlan& plan, int members) {

@@ -22,24 +22,6 @@ constexpr int64_t kMaxRowsAtATime = 1024;
 // Tile registers: C 0-3 = [row group][block], A 4-5, B 6-7.
 constexpr int kTileA = 4, kTileB = 6;
 
-// The chunk after this one, along K, then along N: as many whole spans as fit `most` tiles, or a nearly equal part of a
-// span.
-Chunk next(const Matrix& w, Chunk chunk, int64_t most) {
-  chunk.tile += chunk.tiles;
-  if (chunk.tile == w.tiles_k()) {
-    chunk.block += 2;
-    chunk.tile = 0;
-  }
-  const int64_t span = w.span_tiles();
-  if (span <= most) {
-    chunk.tiles = least(most / span * span, w.tiles_k() - chunk.tile);
-  } else {
-    const int64_t begin = chunk.tile / span * span, end = least(w.tiles_k(), begin + span);
-    chunk.tiles = least(ceil_div(end - begin, ceil_div(end - begin, most)), end - chunk.tile);
-  }
-  return chunk;
-}
-
 // Some rows times some blocks.
 template <int kBits>
 class Product {
@@ -57,11 +39,12 @@ class Product {
     const int64_t pairs = ceil_div(rows_.size(), kPairRows), early = pairs - (kCodes ? 0 : 1);
     const bool far = pairs > 1 && blocks_.size() * w_.block_bytes() > kNear;
     const int64_t most = pairs > 1 ? kChunkTiles : kShortChunkTiles;
-    Chunk chunk = next(w_, Chunk{blocks_.begin - 2, w_.tiles_k(), 0}, most);
+    const Cutter cutter(w_, most);
+    Chunk chunk = cutter.first(blocks_.begin);
     unpacker_.start(chunk, width(chunk));
     unpack_from(0);
     while (chunk.block < blocks_.end) {
-      const Chunk following = next(w_, chunk, most);
+      const Chunk following = cutter.after(chunk);
       const bool more = following.block < blocks_.end;
       if (more) {
         unpacker_.start(following, width(following));
@@ -97,12 +80,13 @@ class Product {
     now.row_groups = rows_.end - now.row > kTileRows ? 2 : 1;
     now.blocks = width(chunk);
     now.sums = scratch_.sums + at;
-    for (int64_t t = 0, tiles; t < chunk.tiles; t += tiles) {
+    now.span = chunk.span;
+    int64_t span_begin = chunk.begin;
+    for (int64_t t = 0, tiles; t < chunk.tiles; t += tiles, ++now.span, span_begin += span_tiles) {
       tiles = least(span_tiles, chunk.tiles - t);
       const int64_t begin = chunk.tile + t, end = begin + tiles;
-      now.span = begin / span_tiles;
-      now.first = begin % span_tiles == 0;
-      now.last = end % span_tiles == 0 || end == w_.tiles_k();
+      now.first = begin == span_begin;
+      now.last = end == span_begin + span_tiles || end == w_.tiles_k();
       // Accumulators wait between the chunks of a span; else all pairs share those of the first, in L1.
       now.c = scratch_.c + (now.first && now.last ? 0 : at);
       const int8_t* a[2];

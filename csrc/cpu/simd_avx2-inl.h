@@ -28,6 +28,7 @@ struct Avx2 {
   static constexpr int kAccumulators =
       0;  // VPMADDUBSW saturates at 16 bits: codes must be shifted down first
   static constexpr int kAttentionKeys = 4, kAttentionDims = 4;
+  static constexpr bool kLooksUpPacked = false;
   static constexpr int kPanelRows = 2, kPanelBlocks = 2, kMaxRows = 4, kExactBlocks = 1;
   static constexpr int blocks(int rows, int /*positions*/) { return rows == 4 ? 1 : 2; }
   static constexpr Operand operand(int bits, bool lookup) {

@@ -99,6 +99,7 @@ struct Avx512 {
 
   static constexpr int kAccumulators = 16;
   static constexpr int kAttentionKeys = 8, kAttentionDims = 16;
+  static constexpr bool kLooksUpPacked = false;
   static constexpr int kPanelRows = 6, kPanelBlocks = 4, kMaxRows = 8, kExactBlocks = 2;
   static constexpr int blocks(int rows, int positions) { return rows * positions <= 4 ? 4 : 2; }
   static constexpr Operand operand(int bits, bool lookup) {

@@ -25,6 +25,7 @@ struct Neon {
 
   static constexpr int kAccumulators = 0;  // SDOT is signed: the top position of a byte must be shifted down
   static constexpr int kAttentionKeys = 4, kAttentionDims = 4;
+  static constexpr bool kLooksUpPacked = false;
   static constexpr int kPanelRows = 4, kPanelBlocks = 1, kMaxRows = 4, kExactBlocks = 1;
   static constexpr int blocks(int rows, int /*positions*/) { return rows == 4 ? 1 : 2; }
   static constexpr Operand operand(int bits, bool lookup) {

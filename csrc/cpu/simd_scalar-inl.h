@@ -30,6 +30,7 @@ struct Scalar {
   static constexpr int kAccumulators = 0;  // budget for the shift-free accumulators; 0: shift always
   // Of attention: keys, or dimensions of values, that are summed side by side.
   static constexpr int kAttentionKeys = 4, kAttentionDims = 4;
+  static constexpr bool kLooksUpPacked = false;  // has lookup_packed(), for codes where they stand
   static constexpr int kPanelRows = 4, kPanelBlocks = 1, kMaxRows = 4, kExactBlocks = 1;
   static constexpr int blocks(int /*rows*/, int /*positions*/) { return 1; }
   static constexpr Operand operand(int bits, bool lookup) {

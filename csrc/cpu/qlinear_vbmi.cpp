@@ -1,0 +1,10 @@
+#include "dispatch.h"
+#include "gemv-inl.h"
+#include "simd_vbmi-inl.h"
+
+namespace lowbit {
+
+const Kernel kVbmiLookups[4] = {nullptr, int8_small<Avx512Vbmi, 2, true>, int8_small<Avx512Vbmi, 4, true>,
+                                nullptr};
+
+}  // namespace lowbit
