@@ -17,8 +17,8 @@ struct Avx512Vbmi : Avx512 {
     const Bytes table = Avx512::load_lut(levels);
     alignas(kAlign) uint8_t index[64];
     for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(i);
-    const Bytes count =
-        load(index);  // 0 .. 63: shifting them in pairs moves zeros or bits that VPERMB ignores
+    // Shifted in pairs: what comes from the next byte lands where neither VPERMB nor the table tells it apart.
+    const Bytes count = load(index);
     return {{table, _mm512_permutexvar_epi8(_mm512_srli_epi16(count, 2), table),
              _mm512_permutexvar_epi8(_mm512_srli_epi16(count, 4), table)}};
   }
