@@ -27,7 +27,8 @@ LevelTable level_table(const std::vector<float>& levels, bool affine, float bott
   return t;
 }
 
-QuantizeJob quantize_job(const LevelTable& table, Address v, Address scale, int64_t n, int64_t k, int64_t group) {
+QuantizeJob quantize_job(const LevelTable& table, Address v, Address scale, int64_t n, int64_t k,
+                         int64_t group) {
   return {table, pointer<const float>(v), pointer<float>(scale), n, k, group};
 }
 
@@ -48,8 +49,8 @@ void register_train(py::module_& m) {
       "y [rows, n] = x [rows, k] W^T + bias; bf16 addresses of x and y, fp32 of W and bias");
   m.def(
       "linear_backward",
-      [](int64_t rows, int64_t n, int64_t k, Address dy, int64_t dy_stride, Address x, int64_t x_stride, Address w,
-         Address dx, int64_t dx_stride, Address dw, Address db) {
+      [](int64_t rows, int64_t n, int64_t k, Address dy, int64_t dy_stride, Address x, int64_t x_stride,
+         Address w, Address dx, int64_t dx_stride, Address dw, Address db) {
         py::gil_scoped_release release;
         linear_backward({rows, n, k}, {pointer<const uint16_t>(dy), dy_stride},
                         {pointer<const uint16_t>(x), x_stride}, pointer<const float>(w),
@@ -58,23 +59,26 @@ void register_train(py::module_& m) {
       "dx bf16, dw and db fp32 from dy; dx and db may be 0");
   m.def(
       "softmax_gradient",
-      [](Address logits, Address teacher, Address target, int64_t rows, int64_t n, int64_t stride, float distill,
-         bool bf16, bool gradient, Address loss, Address nll) {
+      [](Address logits, Address teacher, Address target, int64_t rows, int64_t n, int64_t stride,
+         float distill, bool bf16, bool gradient, Address loss, Address nll) {
         py::gil_scoped_release release;
-        softmax_gradient({pointer<void>(logits), pointer<const void>(teacher), pointer<const int64_t>(target), rows,
-                          n, stride, distill, bf16, gradient, pointer<float>(loss), pointer<float>(nll)});
+        softmax_gradient({pointer<void>(logits), pointer<const void>(teacher), pointer<const int64_t>(target),
+                          rows, n, stride, distill, bf16, gradient, pointer<float>(loss),
+                          pointer<float>(nll)});
       },
       "logits [rows, n] -> their gradient, losses and NLLs [rows]");
   m.def(
       "load_nearest",
-      [](const LevelTable& table, Address v, Address scale, int64_t n, int64_t k, int64_t group, Address out) {
+      [](const LevelTable& table, Address v, Address scale, int64_t n, int64_t k, int64_t group,
+         Address out) {
         py::gil_scoped_release release;
         load_nearest(quantize_job(table, v, scale, n, k, group), pointer<float>(out));
       },
       "out [n, k] = scale * level nearest to v / scale; fp32 addresses");
   m.def(
       "refine_scales",
-      [](const LevelTable& table, Address v, Address scale, int64_t n, int64_t k, int64_t group, int iterations) {
+      [](const LevelTable& table, Address v, Address scale, int64_t n, int64_t k, int64_t group,
+         int iterations) {
         py::gil_scoped_release release;
         refine_scales(quantize_job(table, v, scale, n, k, group), iterations);
       },

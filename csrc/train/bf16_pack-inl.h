@@ -39,8 +39,10 @@ LOWBIT_INLINE void transpose(Pairs& t) {
     y[4 * i + 3] = _mm512_unpackhi_epi64(x[4 * i + 1], x[4 * i + 3]);
   });
   unroll<4>([&](auto j) LOWBIT_LAMBDA {
-    const __m512i low = _mm512_shuffle_i32x4(y[j], y[4 + j], 0x88), high = _mm512_shuffle_i32x4(y[8 + j], y[12 + j], 0x88);
-    const __m512i low2 = _mm512_shuffle_i32x4(y[j], y[4 + j], 0xDD), high2 = _mm512_shuffle_i32x4(y[8 + j], y[12 + j], 0xDD);
+    const __m512i low = _mm512_shuffle_i32x4(y[j], y[4 + j], 0x88),
+                  high = _mm512_shuffle_i32x4(y[8 + j], y[12 + j], 0x88);
+    const __m512i low2 = _mm512_shuffle_i32x4(y[j], y[4 + j], 0xDD),
+                  high2 = _mm512_shuffle_i32x4(y[8 + j], y[12 + j], 0xDD);
     t.row[j] = _mm512_shuffle_i32x4(low, high, 0x88);
     t.row[8 + j] = _mm512_shuffle_i32x4(low, high, 0xDD);
     t.row[4 + j] = _mm512_shuffle_i32x4(low2, high2, 0x88);
@@ -61,7 +63,8 @@ LOWBIT_INLINE __m512i widened(const float* p, __mmask16 mask) {  // rounded to b
 
 // Pairs of the rows k .. k + 31 of x [rows, columns] at the columns c .. c + 15; zero beyond either end.
 template <class T>
-LOWBIT_INLINE Pairs interleave(const T* x, int64_t stride, int64_t rows, int64_t columns, int64_t k, int64_t c) {
+LOWBIT_INLINE Pairs interleave(const T* x, int64_t stride, int64_t rows, int64_t columns, int64_t k,
+                               int64_t c) {
   const __mmask16 mask = first_of(columns - c);
   const T* p = x + k * stride + c;
   Pairs t;
@@ -74,7 +77,8 @@ LOWBIT_INLINE Pairs interleave(const T* x, int64_t stride, int64_t rows, int64_t
   }
   for (int64_t i = 0; i < 16; ++i) {
     const __m512i even = k + 2 * i < rows ? widened(p + 2 * i * stride, mask) : _mm512_setzero_si512();
-    const __m512i odd = k + 2 * i + 1 < rows ? widened(p + (2 * i + 1) * stride, mask) : _mm512_setzero_si512();
+    const __m512i odd =
+        k + 2 * i + 1 < rows ? widened(p + (2 * i + 1) * stride, mask) : _mm512_setzero_si512();
     t.row[i] = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
   }
   return t;
@@ -82,7 +86,8 @@ LOWBIT_INLINE Pairs interleave(const T* x, int64_t stride, int64_t rows, int64_t
 
 // B tiles of the columns c .. c + 15 of B[k][n] = x[k][n].
 template <class T>
-LOWBIT_INLINE void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t columns, int64_t c, uint8_t* tiles) {
+LOWBIT_INLINE void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t columns, int64_t c,
+                                uint8_t* tiles) {
   for (int64_t k = 0; k < rows; k += kTileDepth) {
     store(interleave(x, stride, rows, columns, k, c), tiles + k / kTileDepth * kTileBytes);
   }
@@ -105,8 +110,8 @@ LOWBIT_INLINE void pack_rows(const float* w, int64_t rows, int64_t columns, int6
 }
 
 // A tiles of the rows c .. c + 15 of A[n][k] = x[k][n], and the sum of every such row.
-LOWBIT_INLINE __m512 pack_transposed(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, int64_t c,
-                                     uint8_t* tiles) {
+LOWBIT_INLINE __m512 pack_transposed(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns,
+                                     int64_t c, uint8_t* tiles) {
   __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
   for (int64_t k = 0; k < rows; k += kTileDepth) {
     Pairs t = interleave(x, stride, rows, columns, k, c);

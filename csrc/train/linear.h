@@ -26,8 +26,8 @@ void linear_forward(const LinearShape& shape, Rows<const uint16_t> x, const floa
                     Rows<uint16_t> y);
 
 // dx = dy W, dw = dy^T x, db = sum of dy over the rows; dx and db may be null.
-void linear_backward(const LinearShape& shape, Rows<const uint16_t> dy, Rows<const uint16_t> x, const float* w,
-                     Rows<uint16_t> dx, float* dw, float* db);
+void linear_backward(const LinearShape& shape, Rows<const uint16_t> dy, Rows<const uint16_t> x,
+                     const float* w, Rows<uint16_t> dx, float* dw, float* db);
 
 // Memory of the calling thread, 64-byte aligned, until its next call.
 uint8_t* train_workspace(int64_t bytes);

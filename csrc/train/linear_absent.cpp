@@ -9,8 +9,8 @@ void linear_forward(const LinearShape&, Rows<const uint16_t>, const float*, cons
   throw std::logic_error("linear_forward: no bf16 tiles");
 }
 
-void linear_backward(const LinearShape&, Rows<const uint16_t>, Rows<const uint16_t>, const float*, Rows<uint16_t>,
-                     float*, float*) {
+void linear_backward(const LinearShape&, Rows<const uint16_t>, Rows<const uint16_t>, const float*,
+                     Rows<uint16_t>, float*, float*) {
   throw std::logic_error("linear_backward: no bf16 tiles");
 }
 

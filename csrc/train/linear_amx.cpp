@@ -8,7 +8,7 @@ namespace lowbit {
 namespace {
 
 constexpr int64_t kBytesInL2 = 512 << 10;  // of B, while all rows of A pass by
-constexpr int64_t kSumSteps = 16;          // steps that sums of long products stay in tiles: A and B stay near
+constexpr int64_t kSumSteps = 16;  // steps that sums of long products stay in tiles: A and B stay near
 constexpr int64_t kSumGroups = 16, kSumPanels = 16;
 constexpr int64_t kSumBytes = kSumGroups * kSumPanels * kTileBytes;
 constexpr int64_t kLong = 64;  // steps
@@ -94,8 +94,8 @@ LOWBIT_INLINE void product(const ATiles& a, int64_t first, int64_t last, const u
 // The same for long rows: some groups and panels take kSumSteps steps at a time, their sums waiting in scratch, so
 // that A is read once.
 template <class F>
-LOWBIT_INLINE void long_product(const ATiles& a, int64_t first, int64_t last, const uint8_t* b, int64_t panels,
-                                int64_t steps, float* sums, const F& store) {
+LOWBIT_INLINE void long_product(const ATiles& a, int64_t first, int64_t last, const uint8_t* b,
+                                int64_t panels, int64_t steps, float* sums, const F& store) {
   const int64_t panel_bytes = steps * kTileBytes;
   for (int64_t from = 0; from < panels; from += kSumPanels) {
     const int64_t to = least(from + kSumPanels, panels);
@@ -148,7 +148,8 @@ struct StoreBf16 {
       const float* from = c + 256 * wide * (i / 16) + 16 * (i % 16);
       store_some(out + i * y.stride, _mm512_add_ps(_mm512_load_ps(from), shift0), n - 16 * p);
       if (wide == 2) {
-        store_some(out + i * y.stride + 16, _mm512_add_ps(_mm512_load_ps(from + 256), shift1), n - 16 * p - 16);
+        store_some(out + i * y.stride + 16, _mm512_add_ps(_mm512_load_ps(from + 256), shift1),
+                   n - 16 * p - 16);
       }
     }
   }
@@ -199,7 +200,8 @@ int64_t tiles_bytes(int64_t outer, int64_t k) {
 
 // y [m, n] = a B, B's panels packed by pack(panel, tiles)
 template <class F>
-void rows_times(Rows<const uint16_t> x, int64_t m, int64_t n, int64_t k, const StoreBf16& store, const F& pack) {
+void rows_times(Rows<const uint16_t> x, int64_t m, int64_t n, int64_t k, const StoreBf16& store,
+                const F& pack) {
   const int64_t b_bytes = tiles_bytes(n, k);
   const int threads = max_threads();
   uint8_t* const tiles = train_workspace(b_bytes + threads * kSumBytes + 2 * kTileRows * x.stride);
@@ -265,7 +267,8 @@ struct GradientTask {
   }
 };
 
-void weight_gradient(const LinearShape& s, Rows<const uint16_t> dy, Rows<const uint16_t> x, float* dw, float* db) {
+void weight_gradient(const LinearShape& s, Rows<const uint16_t> dy, Rows<const uint16_t> x, float* dw,
+                     float* db) {
   const int64_t steps = ceil_div(s.m, kTileDepth), panels = ceil_div(s.k, 16);
   const int64_t b_bytes = tiles_bytes(s.k, s.m), a_bytes = 2 * steps * kTileBytes;
   const int64_t own_bytes = a_bytes + 2 * (panels + 1) * kTileBytes;

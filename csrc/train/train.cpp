@@ -59,7 +59,8 @@ const TrainOps& train_ops(Isa isa) {
 bool has_bf16_tiles() {
 #if defined(LOWBIT_X86)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return selected_isa() == Isa::kAmx && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1u) != 0;
+  return selected_isa() == Isa::kAmx && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 &&
+         (edx >> 22 & 1u) != 0;
 #else
   return false;
 #endif

@@ -7,9 +7,9 @@
 namespace lowbit {
 
 struct SoftmaxJob {
-  void* logits = nullptr;           // [rows, n] bf16 or fp32
-  const void* teacher = nullptr;    // [rows, n] or null
-  const int64_t* target = nullptr;  // [rows], each in [0, n)
+  void* logits = nullptr;               // [rows, n] bf16 or fp32
+  const void* teacher = nullptr;        // [rows, n] or null
+  const int64_t* target = nullptr;      // [rows], each in [0, n)
   int64_t rows = 0, n = 0, stride = 0;  // stride between rows of logits, and of the teacher's
   float distill = 0;
   bool bf16 = false, gradient = true;
