@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gzip
 import json
 import os
@@ -44,6 +45,24 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: PathLike, wait: bool = True, busy: type[Exception] = BlockingIOError) -> Iterator[None]:
+    """Of several processes that work on ``path``, one at a time; a process that ends lets go by itself.
+
+    Args:
+        path: what is worked on; the lock is the file ``PATH.lock``, whose folder is made.
+        wait: for the other to end; otherwise ``busy`` is raised.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise busy(f"{path}: another process works on it") from None
+        yield
 
 
 def write_text(path: PathLike, text: str) -> None:

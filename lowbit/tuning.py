@@ -7,13 +7,10 @@ The environment variable LOWBIT_TUNING=FILE names another file, which must exist
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import platform
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +85,6 @@ def write(path: str | os.PathLike[str], crossovers: Crossovers, threads: int) ->
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     table = {isa: {str(bits): n for bits, n in rows.items()} for isa, rows in crossovers.items()}
     write_json(path, {"version": VERSION, "processor": processor(), "threads": threads, "crossovers": table})
-
-
-@contextlib.contextmanager
-def locked(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Of several processes that would measure for ``path``, one at a time; a process that ends lets go by itself."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + ".lock"), "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 _applied = False

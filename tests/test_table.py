@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_training import CONFIG, MODEL, write_data
 
 from lowbit.errors import LowbitError
@@ -17,6 +20,7 @@ from lowbit.tools.table_parts.config import TableConfig, tables
 from lowbit.tools.table_parts.paired import BLOCK, MARGIN, block_bootstrap, compare, perplexity_interval
 from lowbit.tools.table_parts.pictures import front
 from lowbit.tools.table_parts.rows import EQUAL_BYTES, first_rows, headline_rows, plans
+from lowbit.tools.table_parts.run import Table
 
 TINY = {
     "seeds": [3], "ratio": 3, "budgets": [], "uniform": ["2"], "manual": "embed=4 *=2", "randoms": 1, "epochs": 0.5,
@@ -215,6 +219,40 @@ def test_killed_between_and_within_stages_it_gives_the_same(folder, whole, monke
     assert without_times(whole, str(folder / "whole")) == without_times(killed, str(out))
 
 
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, threads))
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_two_processes_share_the_stages(folder, whole, two_threads, capfd):
+    """Every stage runs once, in one of them. Other numbers of threads round otherwise, which moves perplexity a bit."""
+    out = folder / "jobs"
+    assert reproduce.main(argv(folder, out, "--jobs", "2")) == 0
+    helper = (out / "job-2.log").read_text()
+    started = re.findall(r"^\[(\S+)\] lowbit ", capfd.readouterr().err + helper, re.MULTILINE)
+    assert len(started) == len(set(started)) == len(whole["commands"])
+    assert "] lowbit " in helper, "the second process did nothing"
+    found = json.loads((out / "results.json").read_text())
+    assert without_times(found["commands"], str(out)) == without_times(whole["commands"], str(folder / "whole"))
+    for row, expected in zip(found["rows"], whole["rows"], strict=True):
+        assert row["key"] == expected["key"] and row["test_ppl"] == pytest.approx(expected["test_ppl"], rel=0.05)
+
+
+def test_an_interruption_stops_all_processes(folder, two_threads, monkeypatch):
+    """The first process is interrupted as soon as it begins; the second one is in its own start or first stage."""
+
+    def interrupted(self):
+        assert multiprocessing.active_children()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Table, "run_shared", interrupted)
+    assert reproduce.main(argv(folder, folder / "stopped", "--jobs", "2")) == 130
+    assert not multiprocessing.active_children()
+
+
 def test_dry_run_prints_and_writes_nothing(folder, tmp_path, capsys):
     assert reproduce.main(argv(folder, tmp_path / "out", "--dry-run")) == 0
     text = capsys.readouterr().out
@@ -226,6 +264,9 @@ def test_dry_run_prints_and_writes_nothing(folder, tmp_path, capsys):
     ("more", "named"),
     [
         (["--skip-control"], "--skip-control"),
+        (["--jobs", "1000"], "--jobs 1000"),
+        (["--jobs", "0"], "--jobs 0"),
+        (["--config", "demo", "--jobs", "2"], "--jobs"),
         (["--config", "unknown"], "--config unknown"),
         (["--config", "demo", "--dry-run"], "--dry-run"),
         (["--data", "/no/such"], "/no/such"),

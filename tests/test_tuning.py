@@ -10,6 +10,7 @@ import pytest
 
 from lowbit import _C, tuning
 from lowbit.errors import LowbitError
+from lowbit.files import locked
 from lowbit.ops import available_isas
 from lowbit.tools import tune_cpu as tune
 
@@ -106,7 +107,7 @@ def test_a_damaged_file_is_named(native, text):
 
 
 def hold(path, started):
-    with tuning.locked(path):
+    with locked(path):
         started.set()
         time.sleep(0.3)
         with open(f"{path}.log", "a") as log:
@@ -119,7 +120,7 @@ def test_one_process_measures_at_a_time(tmp_path):
     other = context.Process(target=hold, args=(path, started))
     other.start()
     assert started.wait(60)
-    with tuning.locked(path), open(f"{path}.log", "a") as log:
+    with locked(path), open(f"{path}.log", "a") as log:
         log.write("second")
     other.join()
     assert (tmp_path / "x.json.log").read_text() == "first second"

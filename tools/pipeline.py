@@ -2,6 +2,7 @@
 
 A stage is repeated only if its arguments or the bytes of its inputs changed since it last ended well, or an output is
 gone; its result stands as JSON beside its outputs. Killed at any point, the pipeline goes on with the stage it was in.
+Several processes may work in one folder: a stage is run by one of them.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from typing import Any
 
 import xxhash
 
-from lowbit.files import read_json, write_json
+from lowbit.files import locked, read_json, write_json
 from lowbit.tools import cli
 
 _RESUMABLE = ("train", "sensitivity", "nas", "admm")  # stages with a state of their own, and so with --restart
+
+
+class Busy(Exception):
+    """Another process runs the stage."""
 
 
 class Pipeline:
@@ -29,14 +34,19 @@ class Pipeline:
     Args:
         out: folder of all outputs; made if absent.
         restart: forget what is done.
+
+    Attributes:
+        wait: for the end of a stage that another process runs; otherwise :class:`Busy` is raised.
     """
 
     def __init__(self, out: str | Path, restart: bool = False):
         self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
         self._stamps = self.out / "stages.json"
-        self.stages = {} if restart or not self._stamps.is_file() else read_json(self._stamps)
-        self.restart = restart
+        self._commands: dict[str, str] = {}
+        self.restart, self.wait = restart, True
+        if restart:
+            self._stamps.unlink(missing_ok=True)
 
     def path(self, name: str) -> str:
         """A file in the folder."""
@@ -65,10 +75,22 @@ class Pipeline:
     def once(
         self, key: str, command: str, work: Callable[[], dict[str, Any]], inputs: Sequence[str], outputs: Sequence[str]
     ) -> Any:
-        """Call ``work`` unless it is done; returns its result. ``command`` says what it does; see :meth:`run`."""
+        """Call ``work`` unless it is done; returns its result. ``command`` says what it does; see :meth:`run`.
+
+        Raises:
+            Busy: another process is at it, and ``wait`` is off.
+        """
+        with locked(self.out / ".locks" / key, self.wait, Busy):
+            result = self._once(key, command, work, inputs, outputs)
+        self._commands[key] = command
+        return result
+
+    def _once(
+        self, key: str, command: str, work: Callable[[], dict[str, Any]], inputs: Sequence[str], outputs: Sequence[str]
+    ) -> Any:
         record = {"command": command, "inputs": {_input_name(i): file_hash(i) for i in inputs}}
         result_file = self.out / f"{key}.json"
-        done = self.stages.get(key) == record and result_file.is_file() and all(Path(o).is_file() for o in outputs)
+        done = self._done().get(key) == record and result_file.is_file() and all(Path(o).is_file() for o in outputs)
         if done:
             return read_json(result_file)
         print(f"[{key}] {command}", file=sys.stderr, flush=True)
@@ -76,13 +98,17 @@ class Pipeline:
         result = cli.finite(work())
         result["stage_seconds"] = round(time.perf_counter() - started, 2)
         write_json(result_file, result)
-        self.stages[key] = record
-        write_json(self._stamps, self.stages)
+        with locked(self._stamps):
+            write_json(self._stamps, self._done() | {key: record})
         return result
 
+    def _done(self) -> dict[str, Any]:
+        """The record of every stage that ended well, whichever process ran it."""
+        return read_json(self._stamps) if self._stamps.is_file() else {}
+
     def commands(self) -> list[str]:
-        """The command lines that made the folder, in order."""
-        return [record["command"] for record in self.stages.values()]
+        """The command lines that made what was asked for, in that order."""
+        return list(self._commands.values())
 
 
 def _input_name(path: str) -> str:

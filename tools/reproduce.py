@@ -23,6 +23,7 @@ from lowbit.tools.pipeline import Pipeline, machine
 from lowbit.tools.results import markdown, picture, replace_section
 from lowbit.tools.table_parts.config import TableConfig, tables
 from lowbit.tools.table_parts.estimate import stages
+from lowbit.tools.table_parts.jobs import run_shared
 from lowbit.tools.table_parts.pictures import draw
 from lowbit.tools.table_parts.report import report
 from lowbit.tools.table_parts.run import Table
@@ -48,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--skip-control", action="store_true", help="leave out a corpus's retrained full-precision model")
     p.add_argument("--dry-run", action="store_true", help="only print a table's stages, steps and memory")
+    p.add_argument("--jobs", type=int, default=1, metavar="N",
+                   help="processes that share a table's stages, each with its part of the CPU threads")  # fmt: skip
     p.add_argument("--restart", action="store_true", help="run every stage again")
     return p
 
@@ -56,6 +59,8 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
     if not Path(args.out).resolve().parent.is_dir():
         raise LowbitError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
     if args.config in RECIPES:
+        if args.jobs != 1:
+            raise LowbitError(f"--jobs: for the tables {', '.join(tables())}, not for {args.config}")
         return corpus(args)
     if args.skip_control:
         raise LowbitError(f"--skip-control: the rows of table {args.config} are in its configuration")
@@ -82,7 +87,9 @@ def corpus(args: argparse.Namespace) -> dict[str, Any]:
 def search_table(args: argparse.Namespace, config: TableConfig) -> dict[str, Any]:
     """A table of precision search."""
     name = f"table-{Path(args.config).stem}"
-    table = Table(args.data, config, args.out, args.restart)
+    if args.jobs != 1:
+        run_shared(args.data, config, args.out, args.restart, args.jobs)
+    table = Table(args.data, config, args.out, args.restart and args.jobs == 1)
     found = table.run()
     result = _provenance(args, table.pipeline) | found
     for target in _targets(args, name):

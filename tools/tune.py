@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import LowbitError
+from lowbit.files import locked
 from lowbit.tools import cli
 
 _SIZE = (4096, 4096)  # outputs, inputs
@@ -39,7 +40,7 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name()
     say = cli.console(args).print
     path = Path(args.out) if args.out else tuning.chosen_path(tuned.VARIABLE) or tuned.default_path(gpu)
-    with tuning.locked(path):
+    with locked(path):
         choices = tuned.read(path, gpu) if path.exists() and not args.force else {}
         times: list[dict[str, Any]] = []
         for bits in cli.track([b for b in args.bits if (b, 0) not in choices], "bit widths"):

@@ -16,6 +16,7 @@ import torch
 
 from lowbit import _C, tuning
 from lowbit.errors import LowbitError
+from lowbit.files import locked
 from lowbit.ops import PackedWeight, available_isas, get_threads, linear, set_isa
 from lowbit.tables import find_table
 from lowbit.tools import cli
@@ -95,7 +96,7 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
     if missing:
         raise LowbitError(f"this machine lacks {', '.join(missing)}; it has {', '.join(available_isas())}")
     path = Path(args.out) if args.out else tuning.chosen_path() or tuning.default_path()
-    with tuning.locked(path):
+    with locked(path):
         held = tuning.read(path) if path.exists() and not args.force else {}
         todo = [isa for isa in isas if isa not in held]
         measured: list[dict[str, Any]] = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 from lowbit.files import read_json
 from lowbit.plan import Plan
 from lowbit.tools.experiment import sizes
-from lowbit.tools.pipeline import Pipeline
+from lowbit.tools.pipeline import Busy, Pipeline
 from lowbit.tools.search.choices import choice_name
 from lowbit.tools.table_parts.config import TableConfig
 from lowbit.tools.table_parts.paired import compare, perplexity_interval
@@ -20,6 +23,7 @@ from lowbit.tools.training.config import TrainConfig, config_file
 from lowbit.tools.training.data import corpus_file
 
 SPLITS = ("valid", "test")
+WAIT_SECONDS = 0.5  # for other processes
 
 
 class Table:
@@ -42,17 +46,48 @@ class Table:
 
     def run(self) -> dict[str, Any]:
         """Rows with their statistics, and the searches behind them."""
-        first = self.config.seeds[0]
-        fp = self._full_precision(first)
-        search = self._search(fp)
+        search = self._search
         specs = first_rows(self.config)
         rows = [self._row(spec) for spec in specs]
-        best = min((s for s in specs if s.key in SEARCHED), key=lambda s: self._nll(s, "valid").mean())
+        best = self._best(specs)
         rows += [self._row(spec) for spec in headline_rows(self.config, best)]
         trials = [self._trial(spec) for spec in trial_rows(self.config)]
         return {
             "rows": rows, "best": best.key, "trials": trials, "search": search, "table": self.config.to_dict(),
         }  # fmt: skip
+
+    def run_shared(self) -> None:
+        """Run every stage but those that other processes run meanwhile; returns when none is left."""
+        tasks = self._tasks()
+        self.pipeline.wait = False
+        while tasks:
+            left = [task for task in tasks if not _ended(task)]
+            if len(left) == len(tasks):
+                time.sleep(WAIT_SECONDS)
+            tasks = left
+        self.pipeline.wait = True
+
+    def _tasks(self) -> list[Callable[[], Any]]:
+        """All work, in parts that wait for little: only the searches, and for the headline the searched rows."""
+        tasks: list[Callable[[], Any]] = [partial(self._full_precision, seed) for seed in self.config.seeds]
+        tasks += [partial(self._searched_row, spec) for spec in first_rows(self.config)]
+        headline = headline_rows(self.config, RowSpec("", "", ""))
+        tasks += [partial(self._headline_row, i) for i in reversed(range(len(headline)))]  # the long ones first
+        return tasks + [partial(self._searched_row, spec, ("valid",)) for spec in trial_rows(self.config)]
+
+    def _searched_row(self, spec: RowSpec, splits: tuple[str, ...] = SPLITS) -> None:
+        if spec.plan:
+            _ = self._search
+        for split in splits:
+            self._nll(spec, split)
+
+    def _headline_row(self, index: int) -> None:
+        self._searched_row(headline_rows(self.config, self._best(first_rows(self.config)))[index])
+
+    def _best(self, specs: list[RowSpec]) -> RowSpec:
+        """The searched row that is best on validation text."""
+        _ = self._search
+        return min((s for s in specs if s.key in SEARCHED), key=lambda s: self._nll(s, "valid").mean())
 
     # Models
 
@@ -69,9 +104,11 @@ class Table:
         self.seconds[f"fp32-s{seed}"] = result["seconds"]
         return out
 
-    def _search(self, fp: str) -> dict[str, Any]:
+    @cached_property
+    def _search(self) -> dict[str, Any]:
         """Sensitivities, supernet and all plans."""
         step, c, found = self.pipeline.run, self.config, {}
+        fp = self._full_precision(c.seeds[0])
         for metric, options in (("hessian", c.hessian), ("kl", c.kl)):
             out = self._path(f"sens-{metric}.json")
             argv = [fp, "--data", self.data, "--metric", metric, "--ratio", str(c.ratio), *options]
@@ -166,6 +203,15 @@ class Table:
             row["predicted_bytes"] = _predicted(read_json(self._plan(spec.plan)))
         row["seconds"] = [self.seconds.get(model_name(spec, seed)) for seed in spec.seeds]
         return row
+
+
+def _ended(task: Callable[[], Any]) -> bool:
+    """Do a task, unless a stage of it is another process's."""
+    try:
+        task()
+    except Busy:
+        return False
+    return True
 
 
 def model_name(spec: RowSpec, seed: int) -> str:
