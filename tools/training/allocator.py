@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import platform
 import sys
@@ -14,14 +13,14 @@ _RESERVE = 1 << 30
 _HUGE_PAGE = 2 << 20
 
 
-@functools.cache
 def keep_freed_memory() -> bool:
     """Make malloc keep freed memory for the next step, in huge pages where the kernel has them. True where it could.
 
     glibc takes every large block fresh from the kernel and gives it back when freed (above a limit that rises to 32
     MiB at most). A training step frees and asks for the same tensors again and again, so that the kernel clears
     hundreds of megabytes of pages a step: about a sixth of its time. From here on the process keeps its peak of memory
-    until :func:`release_freed_memory`; what is reserved beyond it takes addresses, not memory.
+    until :func:`release_freed_memory`; what is reserved beyond it takes addresses, not memory. That function gives the
+    reserve back too: call this one again after it.
 
     Does nothing on other C libraries, or where the environment sets malloc's options.
     """

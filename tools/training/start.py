@@ -78,8 +78,8 @@ def prepare_run(args: argparse.Namespace, seed: int) -> tuple[torch.device, str,
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
     if device.type == "cpu":
-        keep_freed_memory()
         release_freed_memory()
+        keep_freed_memory()
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "fp32"
