@@ -84,12 +84,24 @@ LOWBIT_INLINE Pairs interleave(const T* x, int64_t stride, int64_t rows, int64_t
   return t;
 }
 
-// B tiles of the columns c .. c + 15 of B[k][n] = x[k][n].
+// The rows that interleave() asks for next: at strides of more than a page no hardware foresees them.
 template <class T>
+LOWBIT_INLINE void fetch_rows(const T* x, int64_t stride, int64_t rows, int64_t k, int64_t c) {
+  if (k + kTileDepth > rows) return;
+  const T* p = x + k * stride + c;
+  for (int64_t i = 0; i < kTileDepth; ++i) _mm_prefetch(p + i * stride, _MM_HINT_T0);
+}
+
+// B tiles of kPanels times 16 columns of B[k][n] = x[k][n], from c on: together they use whole cache lines.
+template <int kPanels, class T>
 LOWBIT_INLINE void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t columns, int64_t c,
-                                uint8_t* tiles) {
+                                uint8_t* tiles, int64_t panel_bytes) {
   for (int64_t k = 0; k < rows; k += kTileDepth) {
-    store(interleave(x, stride, rows, columns, k, c), tiles + k / kTileDepth * kTileBytes);
+    fetch_rows(x, stride, rows, k + kTileDepth, c);
+    unroll<kPanels>([&](auto i) LOWBIT_LAMBDA {
+      store(interleave(x, stride, rows, columns, k, c + 16 * i),
+            tiles + i * panel_bytes + k / kTileDepth * kTileBytes);
+    });
   }
 }
 
@@ -109,21 +121,26 @@ LOWBIT_INLINE void pack_rows(const float* w, int64_t rows, int64_t columns, int6
   }
 }
 
-// A tiles of the rows c .. c + 15 of A[n][k] = x[k][n], and the sum of every such row.
-LOWBIT_INLINE __m512 pack_transposed(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns,
-                                     int64_t c, uint8_t* tiles) {
-  __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+// A tiles of kGroups times 16 rows of A[n][k] = x[k][n], from c on, and the sum of every such row.
+template <int kGroups>
+LOWBIT_INLINE void pack_transposed(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns,
+                                   int64_t c, uint8_t* tiles, int64_t group_bytes, __m512* sums) {
+  __m512 even[kGroups], odd[kGroups];
+  unroll<kGroups>([&](auto g) LOWBIT_LAMBDA { even[g] = odd[g] = _mm512_setzero_ps(); });
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
   for (int64_t k = 0; k < rows; k += kTileDepth) {
-    Pairs t = interleave(x, stride, rows, columns, k, c);
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
-    unroll<16>([&](auto i) LOWBIT_LAMBDA {
-      even = _mm512_add_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(t.row[i], 16)));
-      odd = _mm512_add_ps(odd, _mm512_castsi512_ps(_mm512_and_si512(t.row[i], upper)));
+    fetch_rows(x, stride, rows, k + kTileDepth, c);
+    unroll<kGroups>([&](auto g) LOWBIT_LAMBDA {
+      Pairs t = interleave(x, stride, rows, columns, k, c + 16 * g);
+      unroll<16>([&](auto i) LOWBIT_LAMBDA {
+        even[g] = _mm512_add_ps(even[g], _mm512_castsi512_ps(_mm512_slli_epi32(t.row[i], 16)));
+        odd[g] = _mm512_add_ps(odd[g], _mm512_castsi512_ps(_mm512_and_si512(t.row[i], upper)));
+      });
+      transpose(t);
+      store(t, tiles + g * group_bytes + k / kTileDepth * kTileBytes);
     });
-    transpose(t);
-    store(t, tiles + k / kTileDepth * kTileBytes);
   }
-  return _mm512_add_ps(even, odd);
+  unroll<kGroups>([&](auto g) LOWBIT_LAMBDA { sums[g] = _mm512_add_ps(even[g], odd[g]); });
 }
 
 }  // namespace

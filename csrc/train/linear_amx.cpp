@@ -236,10 +236,15 @@ struct GradientTask {
   // Two groups of outputs, or the last one; a: their tiles, sums: [panel pairs][groups * panels] tiles.
   LOWBIT_INLINE void run(int64_t g, int64_t count, uint8_t* a, float* sums) const {
     const LinearShape& s = shape;
-    for (int64_t i = 0; i < count; ++i) {
+    __m512 totals[2];
+    if (count == 2) {
+      pack_transposed<2>(dy.data, dy.stride, s.m, s.n, 16 * g, a, steps * kTileBytes, totals);
+    } else {
+      pack_transposed<1>(dy.data, dy.stride, s.m, s.n, 16 * g, a, steps * kTileBytes, totals);
+    }
+    for (int64_t i = 0; i < count && db != nullptr; ++i) {
       const int64_t n = 16 * (g + i);
-      const __m512 total = pack_transposed(dy.data, dy.stride, s.m, s.n, n, a + i * steps * kTileBytes);
-      if (db != nullptr) _mm512_mask_storeu_ps(db + n, first_of(s.n - n), total);
+      _mm512_mask_storeu_ps(db + n, first_of(s.n - n), totals[i]);
     }
     for (int64_t t = 0; t < steps; t += kSumSteps) {
       const int64_t length = least(kSumSteps, steps - t);
@@ -276,10 +281,12 @@ void weight_gradient(const LinearShape& s, Rows<const uint16_t> dy, Rows<const u
   uint8_t* const b = train_workspace(b_bytes + threads * own_bytes);
   const GradientTask task{s, dy, b, dw, db, steps, panels};
   parallel(threads, [&](const Team& team) {
-    const Range mine = share(team, panels);
-    for (int64_t p = mine.first; p < mine.last; ++p) {
-      pack_columns(x.data, x.stride, s.m, s.k, 16 * p, b + p * steps * kTileBytes);
+    const Range mine = share_pairs(team, panels);
+    int64_t p = mine.first;
+    for (; p + 2 <= mine.last; p += 2) {
+      pack_columns<2>(x.data, x.stride, s.m, s.k, 16 * p, b + p * steps * kTileBytes, steps * kTileBytes);
     }
+    if (p < mine.last) pack_columns<1>(x.data, x.stride, s.m, s.k, 16 * p, b + p * steps * kTileBytes, 0);
     team.barrier();
     configure_tiles();
     uint8_t* const own = b + b_bytes + team.rank * own_bytes;
@@ -303,7 +310,7 @@ void linear_backward(const LinearShape& s, Rows<const uint16_t> dy, Rows<const u
                      Rows<uint16_t> dx, float* dw, float* db) {
   if (dx.data != nullptr) {
     rows_times(dy, s.m, s.k, s.n, StoreBf16{dx, s.m, s.k, nullptr},
-               [&](int64_t k, uint8_t* tiles) { pack_columns(w, s.k, s.n, s.k, k, tiles); });
+               [&](int64_t k, uint8_t* tiles) { pack_columns<1>(w, s.k, s.n, s.k, k, tiles, 0); });
   }
   weight_gradient(s, dy, x, dw, db);
 }
