@@ -72,7 +72,7 @@ class Table:
         tasks: list[Callable[[], Any]] = [partial(self._full_precision, seed) for seed in self.config.seeds]
         tasks += [partial(self._searched_row, spec) for spec in first_rows(self.config)]
         headline = headline_rows(self.config, RowSpec("", "", ""))
-        tasks += [partial(self._headline_row, i) for i in reversed(range(len(headline)))]  # the long ones first
+        tasks += [partial(self._headline_row, i) for i in range(len(headline))]
         return tasks + [partial(self._searched_row, spec, ("valid",)) for spec in trial_rows(self.config)]
 
     def _searched_row(self, spec: RowSpec, splits: tuple[str, ...] = SPLITS) -> None:
