@@ -23,7 +23,7 @@ from lowbit.tools.training.quantized import QuantizedMatrix
 HARD_CHECKS = 40  # looks at the stability of codes over the hard phase
 FREEZE_AFTER = 8  # looks a code must have been stable for
 REFIT_EVERY = 10  # hard steps between re-solved scales
-ADMM_EVALS, HARD_EVALS, SCALE_EVALS = 6, 8, 3
+EVALS = {"admm": 6, "hard": 8, "scales": 3}  # validations of a phase that is long enough for them
 
 
 class Admm:
@@ -52,6 +52,9 @@ class Admm:
         self.steps = dict(zip(PHASES, (round(total * s) for s in shares), strict=True))
         # One dual update a step at most: more would end the ramp of kappa before its last value.
         self.options = options = replace(options, duals=min(options.duals, max(1, self.steps["admm"])))
+        # At most a tenth of a phase is spent on them: a forward pass is a third of a step.
+        batches = sum(1 for _ in corpora.valid.evaluation())
+        self.evals = {p: max(1, min(EVALS[p], round(0.3 * self.steps[p] / batches))) for p in PHASES}
         identity = run_identity(stepper, corpora.digest) | {
             "options": asdict(options), "config": config.to_dict(), "plan": plan.to_dict(),
             "pull": pull,
@@ -189,7 +192,7 @@ class Admm:
             "flips": flips / sizes,
         }
         self.dual += 1
-        if self.dual % max(1, self.options.duals // ADMM_EVALS) == 0 or self.dual == self.options.duals:
+        if self.dual % max(1, self.options.duals // self.evals["admm"]) == 0 or self.dual == self.options.duals:
             record |= self._ppl_of_both()
         self._log(**record)
         for m in self.matrices.values():
@@ -232,7 +235,7 @@ class Admm:
             self._track_codes(look)
         for m in self.matrices.values():
             m.load_quantized(refit=(self.step + 1) % REFIT_EVERY == 0 and not self.options.learn_scales)
-        self._validate_every(HARD_EVALS)
+        self._validate()
 
     def _track_codes(self, look: int) -> None:
         sizes = sum(m.codes.numel() for m in self.matrices.values())
@@ -252,10 +255,11 @@ class Admm:
         self.optimizer.step()
         for m in self.matrices.values():
             m.load_scaled()
-        self._validate_every(SCALE_EVALS)
+        self._validate()
 
-    def _validate_every(self, evals: int) -> None:
-        steps = self.steps[self.phase]
+    def _validate(self) -> None:
+        """Validate Q where it is due."""
+        steps, evals = self.steps[self.phase], self.evals[self.phase]
         if (self.step + 1) * evals // steps > self.step * evals // steps:
             self.valid_nll = self.stepper.validate(self.corpora.valid)
             self._log(valid_ppl_q=_ppl(self.valid_nll))
