@@ -63,7 +63,12 @@ void test_elementwise(const RowOps& ops, int64_t n, Errors& errors) {
   for (int64_t i = 0; i < n; ++i) errors.add(out[i], double{x[i]} - double{0.3f}, 5e-7);
   const std::vector<float> before(x.data(), x.data() + n);
   ops.scale_add(x.data(), 1.5f, y.data(), n);
-  ops.add(x.data(), y.data(), n);
+  std::vector<float> sum(x.data(), x.data() + n), normalized(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) sum[static_cast<size_t>(i)] += y[i];
+  const NormWeights norm{weight.data(), bias.data(), 1e-5f};
+  ops.layer_norm(sum.data(), norm, n, normalized.data());
+  ops.add_norm(x.data(), y.data(), norm, n, out.data());
+  for (int64_t i = 0; i < n; ++i) errors.add(out[i], normalized[static_cast<size_t>(i)], 1e-9);
   for (int64_t i = 0; i < n; ++i) errors.add(x[i], 1.5 * before[static_cast<size_t>(i)] + 2.0 * y[i], 3e-6);
 }
 

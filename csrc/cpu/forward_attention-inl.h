@@ -162,8 +162,8 @@ void attend_together(const HeadBlock& block, float* room, float* out) {
 
 template <class S>
 constexpr RowOps make_row_ops() {
-  return {layer_norm<S>, {relu<S>, gelu<S>}, quantize_row<S>, add<S>,         scale_add<S>, rotate<S>,
-          attend<S>,     attend_together<S>, softmax_part<S>, log_sum_exp<S>, subtract<S>};
+  return {layer_norm<S>, add_norm<S>, {relu<S>, gelu<S>}, quantize_row<S>, scale_add<S>, rotate<S>,
+          attend<S>, attend_together<S>, softmax_part<S>, log_sum_exp<S>, subtract<S>};
 }
 
 }  // namespace

@@ -50,26 +50,21 @@ void Member::embed(int64_t node) {
   ops_.scale_add(x, std::sqrt(static_cast<float>(model_.d)), position, model_.d);
 }
 
-// Adds the output of a branch to the residual stream; post-norm models then normalize the sum.
-void Member::settle(int64_t node, const NormWeights* after) {
-  float* x = x_ + node * model_.d;
-  ops_.add(x, frame_.branch + node * model_.d, model_.d);
-  if (after != nullptr) ops_.layer_norm(x, *after, model_.d, x);
-}
-
-// The input of a branch, normalized in pre-norm models.
-Member::RowInput Member::stream(int64_t node, const NormWeights* before, float* room) {
+// The input of the first branch.
+Member::RowInput Member::begin(int64_t node, float* room) {
+  embed(node);
   const float* x = x_ + node * model_.d;
-  if (before == nullptr) return {x};
-  return {room, ops_.layer_norm(x, *before, model_.d, room)};
+  if (!model_.pre_norm) return {x};
+  return {room, ops_.layer_norm(x, model_.layers[0].norm1, model_.d, room)};
 }
 
-void Member::enter_layer(size_t layer, int64_t node) {
-  if (layer == 0) {
-    embed(node);
-  } else {
-    settle(node, model_.pre_norm ? nullptr : &model_.layers[layer - 1].norm2);
-  }
+// The input of a later branch: the output of the branch before it joins the residual stream. Pre-norm models normalize
+// what goes into a branch (`before`), post-norm models the stream `after` a branch.
+Member::RowInput Member::go_on(int64_t node, const NormWeights& before, const NormWeights& after, float* room) {
+  float* x = x_ + node * model_.d;
+  float* out = model_.pre_norm ? room : x;
+  const NormWeights& norm = model_.pre_norm ? before : after;
+  return {out, ops_.add_norm(x, frame_.branch + node * model_.d, norm, model_.d, out)};
 }
 
 void Member::attention(size_t layer) {
@@ -78,8 +73,7 @@ void Member::attention(size_t layer) {
   Product qkv[3] = {product(l.q, n, frame_.q), product(l.k, n, frame_.k), product(l.v, n, frame_.v)};
   qkv[1].job.y_stride = qkv[2].job.y_stride = frame_.kv_stride;
   prepare_rows(qkv, 3, n, [&](int64_t m, float* room) {
-    enter_layer(layer, m);
-    return stream(m, model_.pre_norm ? &l.norm1 : nullptr, room);
+    return layer == 0 ? begin(m, room) : go_on(m, l.norm1, model_.layers[layer - 1].norm2, room);
   });
   // Members share the heads, and where there are more members than heads, the nodes too.
   const int columns = static_cast<int>(team_.size < model_.heads ? team_.size : model_.heads);
@@ -188,8 +182,7 @@ void Member::mlp(size_t layer) {
   const int64_t n = batch_.nodes;
   Product fc1 = product(l.fc1, n, frame_.h);
   prepare_rows(&fc1, 1, n, [&](int64_t m, float* room) {
-    settle(m, model_.pre_norm ? nullptr : &l.norm1);
-    return stream(m, model_.pre_norm ? &l.norm2 : nullptr, room);
+    return go_on(m, l.norm2, l.norm1, room);
   });
   run(fc1);
   mark(kProducts);

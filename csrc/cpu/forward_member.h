@@ -39,9 +39,8 @@ class Member {
   void wait();
 
   void embed(int64_t node);
-  void settle(int64_t node, const NormWeights* after);
-  RowInput stream(int64_t node, const NormWeights* before, float* room);
-  void enter_layer(size_t layer, int64_t node);
+  RowInput begin(int64_t node, float* room);
+  RowInput go_on(int64_t node, const NormWeights& before, const NormWeights& after, float* room);
   void keep_keys(size_t layer, Range nodes, Range heads);
   void attend_heads(size_t layer, Range nodes, Range heads);
   void rotate(int64_t position, const float* x, float* out) const;

@@ -29,20 +29,11 @@ LOWBIT_INLINE typename S::F32 load(const float* p, int count) {
   return S::load_f32(p, count);
 }
 
-// e^(x - top) for x <= top within 3e-7 + 1e-7 |x| (relative); about 1e-38 where x - top < -87.
+// e^(x - top) for x <= top within 3e-6 + 1e-7 |x| (relative); at most 1e-38 where x - top < -87.
 // top is given as -top * log2(e).
 template <class S>
 LOWBIT_INLINE typename S::F32 exp_below(typename S::F32 x, typename S::F32 minus_top) {
-  using F32 = typename S::F32;
-  const F32 t = S::max(S::set1(-126.0f), S::fmadd(x, S::set1(kLog2E), minus_top));  // a NaN stays one
-  const F32 n = S::round(t), r = S::sub(t, n);
-  F32 p = S::set1(1.34004327e-3f);  // 2^r on |r| <= 1/2, a Chebyshev fit
-  p = S::fmadd(p, r, S::set1(9.67603736e-3f));
-  p = S::fmadd(p, r, S::set1(5.55032715e-2f));
-  p = S::fmadd(p, r, S::set1(0.240221068f));
-  p = S::fmadd(p, r, S::set1(0.693147182f));
-  p = S::fmadd(p, r, S::set1(1.00000012f));
-  return S::scale_by_power(p, n);
+  return S::exp2(S::fmadd(x, S::set1(kLog2E), minus_top));
 }
 
 // The sum of f(i) over the whole vectors of n values, four side by side: one alone would wait for each addition.
@@ -77,11 +68,10 @@ void quantize_row(const Job& job, int64_t m, float top) {
   quantize_span<S>(job, m, 0, job.x + m * job.x_stride, {0, job.w.tiles_k()}, top);
 }
 
+// total: of the n values.
 template <class S>
-float layer_norm(const float* x, const NormWeights& norm, int64_t n, float* out) {
+LOWBIT_INLINE float normalize(const float* x, float total, const NormWeights& norm, int64_t n, float* out) {
   using F32 = typename S::F32;
-  float total = add_up<S>(n, [&](int64_t i) LOWBIT_LAMBDA { return S::load_f32(x + i); });
-  for (int64_t i = n / 16 * 16; i < n; ++i) total += x[i];
   const float mean = total / static_cast<float>(n);
   const F32 minus_mean = S::set1(-mean);
   float squares = add_up<S>(n, [&](int64_t i) LOWBIT_LAMBDA {
@@ -97,6 +87,24 @@ float layer_norm(const float* x, const NormWeights& norm, int64_t n, float* out)
     top.store(out + i, S::fmadd(y, load<S>(norm.weight + i, count), load<S>(norm.bias + i, count)), count);
   });
   return top.value();
+}
+
+template <class S>
+float layer_norm(const float* x, const NormWeights& norm, int64_t n, float* out) {
+  float total = add_up<S>(n, [&](int64_t i) LOWBIT_LAMBDA { return S::load_f32(x + i); });
+  for (int64_t i = n / 16 * 16; i < n; ++i) total += x[i];
+  return normalize<S>(x, total, norm, n, out);
+}
+
+template <class S>
+float add_norm(float* x, const float* y, const NormWeights& norm, int64_t n, float* out) {
+  float total = add_up<S>(n, [&](int64_t i) LOWBIT_LAMBDA {
+    const typename S::F32 sum = S::add(S::load_f32(x + i), S::load_f32(y + i));
+    S::store_f32(x + i, sum, 16);
+    return sum;
+  });
+  for (int64_t i = n / 16 * 16; i < n; ++i) total += x[i] += y[i];
+  return normalize<S>(x, total, norm, n, out);
 }
 
 template <class S>
@@ -117,13 +125,6 @@ float gelu(const float* x, int64_t n, float* out) {
     top.store(out + i, S::mul(v, S::normal_cdf(v)), count);
   });
   return top.value();
-}
-
-template <class S>
-void add(float* x, const float* y, int64_t n) {
-  for_vectors(n, [&](int64_t i, auto count) LOWBIT_LAMBDA {
-    S::store_f32(x + i, S::add(load<S>(x + i, count), load<S>(y + i, count)), count);
-  });
 }
 
 template <class S>
@@ -184,11 +185,9 @@ template <class S>
 void softmax_part(float* x, int64_t n, float* max, float* sum) {
   n = pad(x, n, kMinusInfinity);
   const float top = greatest<S>(x, n);
-  typename S::F32 total = S::zero_f32();
   const typename S::F32 minus_top = S::set1(-top * kLog2E);
-  for (int64_t i = 0; i < n; i += 16) total = S::add(total, exp_below<S>(S::load_f32(x + i), minus_top));
   *max = top;
-  *sum = S::reduce_add(total);
+  *sum = add_up<S>(n, [&](int64_t i) LOWBIT_LAMBDA { return exp_below<S>(S::load_f32(x + i), minus_top); });
 }
 
 template <class S>

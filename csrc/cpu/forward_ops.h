@@ -44,11 +44,12 @@ struct HeadBlock {
 struct RowOps {
   // out = (x - mean) / sqrt(variance + eps) * weight + bias. Returns max |out|: NaN or infinity where out holds any.
   float (*layer_norm)(const float* x, const NormWeights& norm, int64_t n, float* out);
+  // x += y; then the same of x, whose place `out` may be.
+  float (*add_norm)(float* x, const float* y, const NormWeights& norm, int64_t n, float* out);
   float (*activation[2])(const float* x, int64_t n,
                          float* out);  // [Activation]; likewise. GELU by erf, within 2e-6
   // Row m of the job's activations from job.x, whose max |x| is known; for weights of one span.
   void (*quantize_row)(const Job& job, int64_t m, float top);
-  void (*add)(float* x, const float* y, int64_t n);                     // x += y
   void (*scale_add)(float* x, float scale, const float* y, int64_t n);  // x = scale * x + y; y may be null
   // Rotates the pairs (i, i + half) by the angles of cos and sin; in place or not.
   void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, float* out);

@@ -14,8 +14,7 @@ namespace lowbit {
 Member::RowInput Member::final_row(int64_t row, float* room) {
   if (batch_.nodes == 0) return {batch_.hidden};
   const int64_t node = batch_.row_nodes[row];
-  settle(node, model_.pre_norm ? nullptr : &model_.layers.back().norm2);
-  const RowInput y = stream(node, model_.pre_norm ? &model_.norm : nullptr, room);
+  const RowInput y = go_on(node, model_.norm, model_.layers.back().norm2, room);
   const bool keeps = row + 1 == batch_.rows && batch_.hidden != nullptr;
   if (keeps && (!frame_.redundant || team_.rank == 0)) {
     std::memcpy(batch_.hidden, y.at, static_cast<size_t>(model_.d) * sizeof(float));

@@ -199,6 +199,7 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
   }
   static F32 normal_cdf(F32 x) { return normal_cdf_polynomial<Avx2>(x); }
+  static F32 exp2(F32 t) { return exp2_polynomial<Avx2>(t); }
   static F32 choose(uint16_t lanes, F32 yes, F32 no) {
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const auto half = [&](int eight, __m256 a, __m256 b) {

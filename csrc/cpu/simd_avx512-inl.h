@@ -200,10 +200,13 @@ struct Avx512 {
   static F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
   static F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
   static F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
-  static F32 round(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F32 scale_by_power(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
   static float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }
   static float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
+  // VREDUCEPS leaves t - floor(t), VSCALEFPS multiplies by 2^floor(t).
+  static F32 exp2(F32 t) {
+    constexpr int kFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    return _mm512_scalef_ps(power_of_fraction<Avx512>(_mm512_reduce_ps(t, kFloor)), t);
+  }
   // 13 operations, a chain of 40 cycles. A polynomial over all x has a chain of 75: more than the core looks ahead.
   static F32 normal_cdf(F32 x) {
     const F32 magic = set1(12582912.0f);  // 1.5 * 2^23: what is added to it loses its fraction

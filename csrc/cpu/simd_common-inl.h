@@ -70,6 +70,24 @@ LOWBIT_INLINE typename S::F32 normal_cdf_polynomial(const typename S::F32& x) {
   return S::fmadd(c, p, S::set1(0.5f));
 }
 
+// 2^f for 0 <= f <= 1 within 2.6e-6 (relative), by a fit of the least relative error.
+template <class S>
+LOWBIT_INLINE typename S::F32 power_of_fraction(const typename S::F32& f) {
+  typename S::F32 p = S::set1(0.0135341724f);
+  p = S::fmadd(p, f, S::set1(0.0520114638f));
+  p = S::fmadd(p, f, S::set1(0.24144274f));
+  p = S::fmadd(p, f, S::set1(0.693003833f));
+  return S::fmadd(p, f, S::set1(1.00000262f));
+}
+
+// 2^t; about 1e-38 where t < -126.
+template <class S>
+LOWBIT_INLINE typename S::F32 exp2_polynomial(const typename S::F32& t) {
+  const typename S::F32 cut = S::max(S::set1(-126.0f), t);  // a NaN stays one
+  const typename S::F32 n = S::round(S::add(cut, S::set1(-0.5f)));
+  return S::scale_by_power(power_of_fraction<S>(S::sub(cut, n)), n);
+}
+
 LOWBIT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace

@@ -189,6 +189,7 @@ struct Neon {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.q[0], x.q[1]), vmaxq_f32(x.q[2], x.q[3])));
   }
   static F32 normal_cdf(const F32& x) { return normal_cdf_polynomial<Neon>(x); }
+  static F32 exp2(const F32& t) { return exp2_polynomial<Neon>(t); }
   static F32 choose(uint16_t lanes, const F32& yes, const F32& no) {
     constexpr uint32_t kBit[4] = {1, 2, 4, 8};
     return each_f32([&](int i) {

@@ -246,6 +246,7 @@ struct Scalar {
   }
   // (1 + erf(x / sqrt 2)) / 2 within 2e-6 / |x|.
   static F32 normal_cdf(const F32& x) { return normal_cdf_polynomial<Scalar>(x); }
+  static F32 exp2(const F32& t) { return exp2_polynomial<Scalar>(t); }
   // Lane i of `yes` where bit i of lanes is set, else of `no`.
   static F32 choose(uint16_t lanes, const F32& yes, F32 no) {
     for (int i = 0; i < 16; ++i) no.v[i] = lanes >> i & 1 ? yes.v[i] : no.v[i];
