@@ -100,6 +100,8 @@ template <class S>
 float add_norm(float* x, const float* y, const NormWeights& norm, int64_t n, float* out) {
   float total = add_up<S>(n, [&](int64_t i) LOWBIT_LAMBDA {
     const typename S::F32 sum = S::add(S::load_f32(x + i), S::load_f32(y + i));
+    __builtin_prefetch(x + n + i);
+    __builtin_prefetch(y + n + i);
     S::store_f32(x + i, sum, 16);
     return sum;
   });
@@ -122,6 +124,7 @@ float gelu(const float* x, int64_t n, float* out) {
   Top<S> top;
   for_vectors(n, [&](int64_t i, auto count) LOWBIT_LAMBDA {
     const typename S::F32 v = load<S>(x + i, count);
+    __builtin_prefetch(x + n + i);
     top.store(out + i, S::mul(v, S::normal_cdf(v)), count);
   });
   return top.value();
