@@ -295,7 +295,7 @@ int main(int argc, char** argv) {
   const std::vector<Case> cases = all_cases();
   std::vector<Tally> tallies(isas.size());
   for (size_t i = 0; i < cases.size(); i += static_cast<size_t>(part)) test_case(cases[i], tallies);
-  bool good = test_empty() && test_rows();
+  bool good = test_empty() && test_rows() && test_digits();
   for (size_t i = 0; i < isas.size(); ++i) {
     std::printf("%s: %d cases, %d wrong, worst error %.2f of the tolerance\n", isas[i].c_str(),
                 tallies[i].cases, tallies[i].failed, tallies[i].worst);

@@ -123,7 +123,7 @@ void test_attention_together(const RowOps& ops, int64_t dim, int queries, int64_
     slots.push_back(cache.data() + 2 * dim * ((j * 7) % count));
     lanes.push_back(static_cast<uint16_t>(j == 0 ? 0xFFFF : g_random() | 0xFFFFu << queries));
   }
-  ops.attend_together({q.data(), dim, queries, 1, slots.data(), lanes.data(), count, dim, 0, dim},
+  ops.attend_together({q.data(), dim, queries, 0xFFFF, 1, slots.data(), lanes.data(), count, dim, 0, dim},
                       room.data(), out.data());
   for (int i = 0; i < queries; ++i) {
     std::vector<const float*> seen;

@@ -16,6 +16,17 @@ constexpr int64_t kWorthTogether = 4;   // nodes: fewer would leave most lanes o
 // One team at a time: forwards of several callers that share the cores would only wait at each other's barriers.
 std::mutex g_team;
 
+// The instruction set of this moment decides: states must keep one form of keys and values.
+Model with_digits(Model model) {
+  if (model.compute == Compute::kInt8) model.digits = digit_ops(selected_isa());
+  return model;
+}
+
+int64_t layer_floats(const Model& m) {
+  const bool digits = m.digits != nullptr && m.max_len > kDeep;
+  return 2 * m.d + (digits ? m.record().bytes() / static_cast<int64_t>(sizeof(float)) : 0);
+}
+
 }  // namespace
 
 class Engine::Lease {
@@ -45,9 +56,9 @@ class Engine::Lease {
 };
 
 Engine::Engine(Model model, int64_t token_budget)
-    : model_(std::move(model)),
+    : model_(with_digits(std::move(model))),
       token_budget_(token_budget),
-      cache_(std::make_shared<KvCache>(static_cast<int64_t>(model_.layers.size()), model_.d)) {}
+      cache_(std::make_shared<KvCache>(static_cast<int64_t>(model_.layers.size()), layer_floats(model_))) {}
 
 void Engine::run_team(const Batch& batch, const Frame& frame) const {
   std::unique_lock<std::mutex> lock(g_team, std::defer_lock);
@@ -167,7 +178,7 @@ void Engine::score_batch(const ForestQuery& query, const Workspace& order, Range
   batch.target_count = requests;
   batch.log_probs = out;
   batch.seconds = seconds;
-  if (batch.nodes >= kWorthTogether) find_seen(batch.nodes, ws, batch);
+  if (batch.nodes >= kWorthTogether) find_together(batch.nodes, ws, batch);
   const Frame frame = lay_out_in(batch, threads, ws);
   // Slots in the very rows that the k and v products write.
   const auto slots_of = [&](const std::vector<int32_t>& rows, std::vector<float*>& slots) {
@@ -177,66 +188,12 @@ void Engine::score_batch(const ForestQuery& query, const Workspace& order, Range
   };
   batch.slots = slots_of(ws.path_nodes, ws.slots);
   batch.seen = slots_of(ws.seen_ids, ws.seen);
+  ws.key_slots.resize(static_cast<size_t>(batch.keys));
+  for (int64_t i = 0; i < batch.keys; ++i)
+    ws.key_slots[i] = reinterpret_cast<float*>(frame.records + i * model_.record().bytes());
+  batch.key_slots = ws.key_slots.data();
   batch.value_offset = frame.v - frame.k;
   run_team(batch, frame);
-}
-
-// For every node its depth, and where the list of its ancestors and itself begins. A node right after its parent
-// prolongs the parent's list; others, where a trie branches, begin with a copy of it.
-void Engine::find_paths(const ForestQuery& query, Range nodes, Workspace& ws) {
-  ws.positions.clear();
-  ws.path.clear();
-  ws.path_nodes.clear();
-  for (int64_t i = 0; i < nodes.size(); ++i) {
-    const int64_t parent = query.parents[nodes.begin + i] - nodes.begin;
-    if (query.parents[nodes.begin + i] < 0) {
-      ws.positions.push_back(0);
-      ws.path.push_back(static_cast<int64_t>(ws.path_nodes.size()));
-    } else {
-      const int32_t depth = ws.positions[parent] + 1;
-      ws.positions.push_back(depth);
-      if (parent == i - 1) {
-        ws.path.push_back(ws.path[parent]);
-      } else {
-        const auto begin = static_cast<int64_t>(ws.path_nodes.size());
-        ws.path.push_back(begin);
-        ws.path_nodes.resize(static_cast<size_t>(begin + depth));
-        std::copy_n(ws.path_nodes.begin() + ws.path[parent], depth, ws.path_nodes.begin() + begin);
-      }
-    }
-    ws.path_nodes.push_back(static_cast<int32_t>(i));
-  }
-}
-
-// For every block of nodes the tokens that they see, numbered as in path_nodes, in ascending order: from the roots on.
-void Engine::find_seen(int64_t tokens, Workspace& ws, Batch& batch) {
-  ws.mark.assign(static_cast<size_t>(tokens), 0);
-  ws.seen_first.assign(1, 0);
-  ws.seen_ids.clear();
-  ws.seen_by.clear();
-  for (int64_t begin = 0; begin < batch.nodes; begin += kTogether) {
-    const int64_t end = std::min(begin + kTogether, batch.nodes);
-    const auto nobody = static_cast<uint16_t>(0xFFFFu << (end - begin));
-    int32_t low = ws.path_nodes[ws.path[begin]], high = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const int32_t* path = ws.path_nodes.data() + ws.path[i];
-      const auto lane = static_cast<uint16_t>(1u << (i - begin));
-      for (int32_t j = 0; j <= ws.positions[i]; ++j) ws.mark[path[j]] |= lane;
-      low = std::min(low, path[0]);
-      high = std::max(high, path[ws.positions[i]]);
-    }
-    for (int32_t id = low; id <= high; ++id) {
-      if (ws.mark[id] == 0) continue;
-      ws.seen_ids.push_back(id);
-      ws.seen_by.push_back(ws.mark[id] | nobody);
-      ws.mark[id] = 0;
-    }
-    const auto count = static_cast<int64_t>(ws.seen_ids.size());
-    batch.most_seen = std::max(batch.most_seen, count - ws.seen_first.back());
-    ws.seen_first.push_back(count);
-  }
-  batch.seen_first = ws.seen_first.data();
-  batch.seen_by = ws.seen_by.data();
 }
 
 std::shared_ptr<KvNode> Engine::extend(std::shared_ptr<const KvNode> parent, const int32_t* tokens,
@@ -263,13 +220,15 @@ std::shared_ptr<KvNode> Engine::extend(std::shared_ptr<const KvNode> parent, con
   if (count >= kWorthTogether) {
     ws.path_nodes.resize(static_cast<size_t>(node->end));
     std::iota(ws.path_nodes.begin(), ws.path_nodes.end(), 0);
-    find_seen(node->end, ws, batch);
+    find_together(node->end, ws, batch);
     ws.seen.clear();
     for (const int32_t id : ws.seen_ids) ws.seen.push_back(ws.slots[id]);
     batch.seen = ws.seen.data();
+    batch.key_slots = ws.slots.data();
   }
   batch.layer_stride = cache_->layer_stride();
-  batch.value_offset = cache_->value_offset();
+  batch.value_offset = model_.d;
+  batch.record_offset = 2 * model_.d;
   batch.rows = 1;
   batch.row_nodes = ws.row_nodes.data();
   batch.hidden = node->hidden.data();

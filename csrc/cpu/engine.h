@@ -53,7 +53,11 @@ class Engine {
     std::vector<int64_t> path, seen_first;
     std::vector<int32_t> seen_ids;  // tokens by the numbers that path_nodes has
     std::vector<uint16_t> seen_by, mark;
-    std::vector<float*> slots, seen;
+    std::vector<float*> slots, seen, key_slots;
+    std::vector<int64_t> key_first;
+    std::vector<int32_t> key_blocks;
+    std::vector<uint16_t> key_masks;
+    std::vector<uint8_t> key_used;
     std::vector<Target> targets;
     Block memory;
   };
@@ -65,7 +69,9 @@ class Engine {
   void score_batch(const ForestQuery& query, const Workspace& order, Range nodes, int threads, Workspace& ws,
                    float* out, double* seconds = nullptr) const;
   static void find_paths(const ForestQuery& query, Range nodes, Workspace& ws);
-  static void find_seen(int64_t tokens, Workspace& ws, Batch& batch);
+  static void find_seen(int64_t tokens, int32_t deep, Workspace& ws, Batch& batch);
+  static void find_key_blocks(int64_t tokens, Workspace& ws, Batch& batch);
+  void find_together(int64_t tokens, Workspace& ws, Batch& batch) const;
   Frame lay_out_in(const Batch& batch, int threads, Workspace& ws) const;
   void run_team(const Batch& batch, const Frame& frame) const;
 

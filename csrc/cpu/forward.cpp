@@ -64,6 +64,8 @@ void lay_out_products(const Model& m, const Batch& batch, Frame& f, Bump& memory
   const int64_t begin = memory.used;
   f.q = memory.take<float>(batch.nodes * m.d);
   for (float** p : {&f.k, &f.v}) *p = memory.take<float>(batch.nodes * f.kv_stride);
+  const bool records = batch.key_first != nullptr && batch.layer_stride == 0;
+  f.records = memory.take<uint8_t>(records ? batch.nodes * m.record().bytes() : 0);
   int64_t end = memory.used;
   memory.used = begin;
   f.h = memory.take<float>(batch.nodes * m.ffn);
@@ -75,6 +77,16 @@ void lay_out_products(const Model& m, const Batch& batch, Frame& f, Bump& memory
     each(memory, f.logits_share, batch.rows * f.stripe * kPart, f.threads, f.each_logits);
   }
   memory.used = memory.used > end ? memory.used : end;
+}
+
+// Floats that attention of a query alone needs, and with digits of any.
+int64_t attention_room(const Model& m, const Batch& batch) {
+  if (m.digits == nullptr || m.max_len <= kDeep) return round_up(m.max_len, 16);
+  DigitHead head;
+  head.record = m.record();
+  head.tokens = m.max_len > batch.keys ? m.max_len : batch.keys;
+  head.most_blocks = batch.most_key_blocks;
+  return ceil_div(m.digits->room(head), static_cast<int64_t>(sizeof(float)));
 }
 
 }  // namespace
@@ -101,7 +113,7 @@ Frame lay_out(const Model& m, const Batch& batch, int threads, Bump& memory) {
   each(memory, f.scratch_share, need.scratch, f.threads, f.each_scratch);
   if (batch.wants_logits()) lay_out_reduction(m, batch, f, memory);
   int64_t room = 2 * round_up(f.parts, 16);
-  for (const int64_t n : {round_up(m.max_len, 16), HeadBlock::room(batch.most_seen, m.head_dim())})
+  for (const int64_t n : {attention_room(m, batch), HeadBlock::room(batch.most_seen, m.head_dim())})
     room = n > room ? n : room;
   each(memory, f.scores_share, room, f.threads, f.each_scores);
   lay_out_products(m, batch, f, memory);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "forward_digits.h"
 #include "forward_ops.h"
 #include "qlinear.h"
 #include "workspace.h"
@@ -35,7 +36,10 @@ struct Model {
   // Rotary: cosines, then sines, [2, max_len, head_dim / 2]. Otherwise what is added to embeddings, [max_len, D].
   const float* positions = nullptr;
 
+  const DigitOps* digits = nullptr;  // attention in integers, of deep nodes; null: none
+
   int64_t head_dim() const { return d / heads; }
+  DigitRecord record() const { return {heads, head_dim()}; }
 };
 
 // Where the time of a forward goes: rows between products, matrix products, attention, reducing logits, waiting.
@@ -49,7 +53,7 @@ struct Target {
 
 // One forward. Node i stands at position positions[i]; the slots of the positions[i] + 1 tokens that it sees, its
 // own last, are slots[path[i]] and following. In a slot, the key of layer l lies at l * layer_stride and its
-// value value_offset further.
+// value value_offset further. While scoring, layers take turns in the same place: layer_stride is 0.
 struct Batch {
   int64_t nodes = 0;
   const int32_t* tokens = nullptr;
@@ -58,12 +62,19 @@ struct Batch {
   float* const* slots = nullptr;
   int64_t layer_stride = 0, value_offset = 0;
 
-  // Null, or for nodes [16 b, 16 b + 16) the slots [seen_first[b], seen_first[b + 1]) that any of them sees, from the
-  // roots on; bit i of seen_by says whether node 16 b + i sees one. All bits without a node are set.
+  // Null, or for nodes [16 b, 16 b + 16) the slots [seen_first[b], seen_first[b + 1]) that any of them sees that is not
+  // deep, from the roots on; bit i of seen_by says whether node 16 b + i sees one. All bits without such a node are set.
   const int64_t* seen_first = nullptr;
   float* const* seen = nullptr;
   const uint16_t* seen_by = nullptr;
   int64_t most_seen = 0;  // by one block
+  // Null, or what deep nodes see: see DigitHead. Records lie record_offset floats after a layer's key.
+  const int64_t* key_first = nullptr;
+  const int32_t* key_blocks = nullptr;
+  const uint16_t* key_masks = nullptr;
+  const uint8_t* key_used = nullptr;
+  float* const* key_slots = nullptr;
+  int64_t keys = 0, most_key_blocks = 0, record_offset = 0;
 
   int64_t rows = 0;  // of output
   const int32_t* row_nodes =
@@ -76,6 +87,7 @@ struct Batch {
 
   double* seconds = nullptr;  // null, or [kPhases]: what member 0 spends is added
 
+  bool together() const { return seen_first != nullptr; }
   bool wants_logits() const { return target_count > 0 || all != nullptr; }
 };
 
@@ -84,6 +96,10 @@ struct Batch {
 constexpr int64_t kPart = 256;
 
 constexpr int64_t kTogether = 16;  // nodes of a block of attention
+
+// Nodes at this position and after it are deep: where the model has digits, they attend in integers. Before it, making
+// digits takes longer than the products. A constant, so that a node's numbers do not depend on those beside it.
+constexpr int32_t kDeep = 32;
 
 // How a forward is divided, and its memory. Pointers named each_* hold one piece a member of the team.
 struct Frame {
@@ -97,6 +113,7 @@ struct Frame {
   float* q;           // [nodes, D]; becomes the attention's output
   float *k, *v;       // [nodes, kv_stride]
   int64_t kv_stride;  // D and a cache line: rows 2048 bytes apart would share few sets of the L1 cache
+  uint8_t* records;   // [nodes], digits of keys and values while scoring; none where no node is deep
   float* branch;      // [nodes, D], of attention or MLP, not yet added to x
   float* h;           // [nodes, F]
   float *part_max, *part_sum;    // [rows, parts rounded up to 16]

@@ -156,14 +156,16 @@ void attend_together(const HeadBlock& block, float* room, float* out) {
     typename S::F32 y[16];
     unroll<16>([&](auto i) LOWBIT_LAMBDA { y[i] = S::mul(S::load_f32(turned + 16 * (d + i)), scale); });
     S::transpose(y);
-    for (int i = 0; i < block.queries; ++i) S::store_f32(out + i * block.q_stride + d, y[i], count);
+    for (int i = 0; i < block.queries; ++i) {
+      if (block.wanted >> i & 1) S::store_f32(out + i * block.q_stride + d, y[i], count);
+    }
   });
 }
 
 template <class S>
 constexpr RowOps make_row_ops() {
-  return {layer_norm<S>, add_norm<S>, {relu<S>, gelu<S>}, quantize_row<S>, scale_add<S>, rotate<S>,
-          attend<S>, attend_together<S>, softmax_part<S>, log_sum_exp<S>, subtract<S>};
+  return {layer_norm<S>, add_norm<S>,        {relu<S>, gelu<S>}, quantize_row<S>, scale_add<S>, rotate<S>,
+          attend<S>,     attend_together<S>, softmax_part<S>,    log_sum_exp<S>,  subtract<S>};
 }
 
 }  // namespace

@@ -60,7 +60,8 @@ Member::RowInput Member::begin(int64_t node, float* room) {
 
 // The input of a later branch: the output of the branch before it joins the residual stream. Pre-norm models normalize
 // what goes into a branch (`before`), post-norm models the stream `after` a branch.
-Member::RowInput Member::go_on(int64_t node, const NormWeights& before, const NormWeights& after, float* room) {
+Member::RowInput Member::go_on(int64_t node, const NormWeights& before, const NormWeights& after,
+                               float* room) {
   float* x = x_ + node * model_.d;
   float* out = model_.pre_norm ? room : x;
   const NormWeights& norm = model_.pre_norm ? before : after;
@@ -91,7 +92,7 @@ void Member::attention(size_t layer) {
     mark(kProducts);
     wait();
   }
-  const Range nodes = share(n, batch_.seen_first == nullptr ? 1 : kTogether, {team_.rank / columns, groups});
+  const Range nodes = share(n, batch_.together() ? kTogether : 1, {team_.rank / columns, groups});
   if (!idle) keep_keys(layer, nodes, heads);
   if (groups > 1) wait();
   if (!idle) attend_heads(layer, nodes, heads);
@@ -105,85 +106,11 @@ void Member::attention(size_t layer) {
   wait();
 }
 
-// Rotates the new keys, and puts keys and values where the slots say.
-void Member::keep_keys(size_t layer, Range nodes, Range heads) {
-  const int64_t dim = model_.head_dim();
-  const size_t bytes = static_cast<size_t>(dim) * sizeof(float);
-  for (int64_t m = nodes.begin; m < nodes.end; ++m) {
-    const int64_t position = batch_.positions[m];
-    float* slot = batch_.slots[batch_.path[m] + position] + static_cast<int64_t>(layer) * batch_.layer_stride;
-    for (int64_t h = heads.begin; h < heads.end; ++h) {
-      const float *k = frame_.k + m * frame_.kv_stride + h * dim,
-                  *v = frame_.v + m * frame_.kv_stride + h * dim;
-      float *key = slot + h * dim, *value = key + batch_.value_offset;
-      if (model_.rotary) {
-        rotate(position, k, key);
-      } else if (key != k) {
-        std::memcpy(key, k, bytes);
-      }
-      if (value != v) std::memcpy(value, v, bytes);
-    }
-  }
-}
-
-void Member::attend_heads(size_t layer, Range nodes, Range heads) {
-  HeadQuery head;
-  head.dim = model_.head_dim();
-  const bool together = batch_.seen_first != nullptr;
-  for (int64_t h = heads.begin; h < heads.end;
-       ++h) {  // outside: a head's keys stay near for all nodes of a tree
-    head.key = static_cast<int64_t>(layer) * batch_.layer_stride + h * head.dim;
-    head.value = head.key + batch_.value_offset;
-    for (int64_t m = nodes.begin; m < nodes.end; m += together ? kTogether : 1) {
-      float* q = frame_.q + m * model_.d + h * head.dim;
-      together ? attend_block(head, m, q) : attend_node(head, m, q);
-    }
-  }
-}
-
-void Member::attend_node(const HeadQuery& head, int64_t node, float* q) {
-  const int64_t position = batch_.positions[node];
-  HeadQuery query = head;
-  if (model_.rotary) rotate(position, q, q);
-  ops_.scale_add(q, 1.0f / std::sqrt(static_cast<float>(head.dim)), nullptr, head.dim);
-  query.q = q;
-  query.slots = batch_.slots + batch_.path[node];
-  query.count = position + 1;
-  ops_.attend(query, scores_, q);
-}
-
-void Member::attend_block(const HeadQuery& head, int64_t first, float* q) {
-  const int64_t left = batch_.nodes - first, at = first / kTogether, begin = batch_.seen_first[at];
-  HeadBlock block;
-  block.q = q;
-  block.q_stride = model_.d;
-  block.queries = static_cast<int>(left < kTogether ? left : kTogether);
-  block.scale = 1.0f / std::sqrt(static_cast<float>(head.dim));
-  block.slots = batch_.seen + begin;
-  block.lanes = batch_.seen_by + begin;
-  block.count = batch_.seen_first[at + 1] - begin;
-  block.dim = head.dim;
-  block.key = head.key;
-  block.value = head.value;
-  for (int i = 0; model_.rotary && i < block.queries; ++i)
-    rotate(batch_.positions[first + i], q + i * model_.d, q + i * model_.d);
-  ops_.attend_together(block, scores_, q);
-}
-
-// One head of a query or key at a position.
-void Member::rotate(int64_t position, const float* x, float* out) const {
-  const int64_t half = model_.head_dim() / 2;
-  const float* cos = model_.positions + position * half;
-  ops_.rotate(x, cos, cos + model_.max_len * half, half, out);
-}
-
 void Member::mlp(size_t layer) {
   const Layer& l = model_.layers[layer];
   const int64_t n = batch_.nodes;
   Product fc1 = product(l.fc1, n, frame_.h);
-  prepare_rows(&fc1, 1, n, [&](int64_t m, float* room) {
-    return go_on(m, l.norm2, l.norm1, room);
-  });
+  prepare_rows(&fc1, 1, n, [&](int64_t m, float* room) { return go_on(m, l.norm2, l.norm1, room); });
   run(fc1);
   mark(kProducts);
   wait();

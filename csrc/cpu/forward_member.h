@@ -43,7 +43,13 @@ class Member {
   RowInput go_on(int64_t node, const NormWeights& before, const NormWeights& after, float* room);
   void keep_keys(size_t layer, Range nodes, Range heads);
   void attend_heads(size_t layer, Range nodes, Range heads);
-  void rotate(int64_t position, const float* x, float* out) const;
+  void rotate(int64_t position, float* x) const;
+  bool has_digits() const { return model_.digits != nullptr && model_.max_len > kDeep; }
+  bool deep(int64_t node) const { return model_.digits != nullptr && batch_.positions[node] >= kDeep; }
+  DigitHead digit_head(size_t layer, int64_t head) const;
+  void keep_digits(size_t layer, Range nodes, Range heads);
+  void attend_deep(size_t layer, int64_t head, int64_t node, float* q);
+  void attend_deep_blocks(size_t layer, int64_t head, Range nodes);
   void attend_node(const HeadQuery& head, int64_t node, float* q);
   void attend_block(const HeadQuery& head, int64_t first, float* q);
 

@@ -1,5 +1,7 @@
 #include "forward_ops.h"
 
+#include "forward_digits.h"
+
 namespace lowbit {
 
 const RowOps& row_ops(Isa isa) {
@@ -17,6 +19,14 @@ const RowOps& row_ops(Isa isa) {
     default:
       return kScalarRowOps;
   }
+}
+
+const DigitOps* digit_ops(Isa isa) {
+#if defined(LOWBIT_X86)
+  if (isa == Isa::kAmx) return &kAmxDigitOps;
+#endif
+  (void)isa;
+  return nullptr;
 }
 
 }  // namespace lowbit

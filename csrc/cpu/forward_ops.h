@@ -31,7 +31,8 @@ struct HeadBlock {
   const float* q = nullptr;  // [queries, dim], q_stride floats apart
   int64_t q_stride = 0;
   int queries = 0;
-  float scale = 1;  // of the queries
+  uint16_t wanted = 0xFFFF;  // bit i: out is written for query i
+  float scale = 1;           // of the queries
   const float* const* slots = nullptr;
   const uint16_t* lanes = nullptr;  // bit i of lanes[j]: query i sees token j
   int64_t count = 0, dim = 0;

@@ -4,7 +4,8 @@ namespace lowbit {
 
 // 16 floats more than the data: slots a multiple of 4096 bytes apart would all fall into the same sets of the
 // L1 cache.
-KvCache::KvCache(int64_t layers, int64_t d) : d_(d), slot_floats_(ceil_div(layers * 2 * d, 16) * 16 + 16) {}
+KvCache::KvCache(int64_t layers, int64_t layer_floats)
+    : layer_floats_(layer_floats), slot_floats_(ceil_div(layers * layer_floats, 16) * 16 + 16) {}
 
 void KvCache::allocate(int64_t count, std::vector<float*>& slots) {
   slots.reserve(slots.size() + static_cast<size_t>(count));

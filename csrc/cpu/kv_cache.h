@@ -10,13 +10,12 @@
 
 namespace lowbit {
 
-// A slot is float[slot_floats]: [layers][key, value][D]. Freed slots are reused before a page is added.
+// A slot is float[slot_floats]: for every layer a key and a value. Freed slots are reused before a page is added.
 class KvCache {
  public:
-  KvCache(int64_t layers, int64_t d);
+  KvCache(int64_t layers, int64_t layer_floats);
 
-  int64_t layer_stride() const { return 2 * d_; }
-  int64_t value_offset() const { return d_; }
+  int64_t layer_stride() const { return layer_floats_; }
 
   void allocate(int64_t count, std::vector<float*>& slots);  // appends
   void release(const std::vector<float*>& slots);
@@ -27,7 +26,7 @@ class KvCache {
  private:
   static constexpr int64_t kPageSlots = 16;
 
-  const int64_t d_, slot_floats_;
+  const int64_t layer_floats_, slot_floats_;
   mutable std::mutex mutex_;
   std::vector<std::unique_ptr<Block>> pages_;
   std::vector<float*> free_;
