@@ -14,16 +14,21 @@ constexpr int64_t kChunkTiles = 8;
 // part[m][n] = sum over vectors [begin, end) of level * x. kSplit accumulators each hide the FMA latency.
 template <class S, int kBits, int kM, int kN>
 LOWBIT_INLINE void exact_span(const Cell<kM, kN>& cell, const float* const (&x)[kM], int64_t begin,
-                              int64_t end, const typename S::Levels& levels,
+                              int64_t end, int64_t block_bytes, const typename S::Levels& levels,
                               typename S::F32 (&part)[kM][kN]) {
   constexpr int kP = positions(kBits), kSplit = kM == 1 ? 4 : kM == 2 ? 2 : 1;
   typename S::F32 acc[kSplit][kM][kN];
   unroll<kSplit * kM * kN>([&](auto i)
                                LOWBIT_LAMBDA { acc[i / (kM * kN)][i / kN % kM][i % kN] = S::zero_f32(); });
 
+  const int64_t turn = block_bytes - kPrefetch, jump = kPrefetch + (kN - 1) * block_bytes;  // see gemv-inl.h
   for (int64_t v = begin; v < end; ++v) {
+    const int64_t at = v * cell.w_stride, ahead = at < turn ? kPrefetch : jump;
     typename S::Bytes raw[kN];
-    unroll<kN>([&](auto n) LOWBIT_LAMBDA { raw[n] = S::load(cell.w[n] + v * cell.w_stride); });
+    unroll<kN>([&](auto n) LOWBIT_LAMBDA {
+      __builtin_prefetch(cell.w[n] + at + ahead);
+      raw[n] = S::load(cell.w[n] + at);
+    });
     unroll<4 * kP>([&](auto i) LOWBIT_LAMBDA {
       constexpr int kRow = decltype(i)::value / 4, kJ = decltype(i)::value % 4;
       typename S::F32 w[kN];
@@ -64,8 +69,8 @@ void exact_cell(const Job& job, const Cell<kM, kN>& cell, const typename S::Leve
     });
     for (int64_t t = s * span_tiles; t < end; t += kChunkTiles) {
       typename S::F32 part[kM][kN];
-      exact_span<S, kBits, kM, kN>(cell, x, t * kPerTile, least(end, t + kChunkTiles) * kPerTile, levels,
-                                   part);
+      exact_span<S, kBits, kM, kN>(cell, x, t * kPerTile, least(end, t + kChunkTiles) * kPerTile,
+                                   w.block_bytes(), levels, part);
       unroll<kM * kN>([&](auto c) LOWBIT_LAMBDA {
         auto& to = y[c / kN][c % kN];
         to = S::fmadd(part[c / kN][c % kN], scale[c % kN], to);

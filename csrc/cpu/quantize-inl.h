@@ -29,16 +29,19 @@ LOWBIT_INLINE float max_magnitude(const float* row, Range tiles, int64_t k) {
   return bits_to_float(static_cast<uint32_t>(S::reduce_max(top)));  // NaN or infinity if the span holds any
 }
 
-// Span s of row m, whose greatest magnitude is known: NaN or infinity where it holds any.
+// Span s of row m, whose greatest magnitude is known: NaN or infinity where it holds any. The row is in L1 by then;
+// the next one is asked for meanwhile.
 template <class S>
 LOWBIT_INLINE void quantize_span(const Job& job, int64_t m, int64_t s, const float* row, Range tiles,
                                  float top) {
   const int64_t at = m * job.w.spans() + s;
   const bool finite = top - top == 0.0f;
   const typename S::F32 inverse = S::set1(finite && top > kSmallestMax ? 127.0f / top : 0.0f);
+  const float* next = row + (m + 1 < job.m ? job.x_stride : 0);
   typename S::I32 sum = S::zero_i32();
   for (int64_t t = tiles.begin; t < tiles.end; ++t) {
     alignas(kAlign) float buffer[kTileK];
+    for (int64_t k = t * kTileK; k < (t + 1) * kTileK; k += 16) __builtin_prefetch(next + k);
     sum = S::add(sum, S::round_store_tile(tile_inputs(row, t, job.w.k, buffer), inverse, job.act.at(m, t)));
   }
   job.act.scale[at] = finite ? top / 127.0f : bits_to_float(0x7FC00000u);
