@@ -1,6 +1,6 @@
 """The engine against PyTorch and ONNX Runtime on N-best lists, a text and single tokens; a table and a JSON.
 
-Everyone takes turns in one process (five rounds, the best counts), so that the ratios hold on a busy machine too. The
+Everyone takes turns in one process (the best of some rounds counts), so that the ratios hold on a busy machine too. The
 models have random weights: speed only. The size is 6 layers of 512/2048, 8 heads, 10,000 words, 2 bits on average.
 
     python bench/engine.py --data ../shared/data --out docs/results/engine.json
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON with all figures; a table beside it (.md)")
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="where models are kept")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--only", help="comma-separated contenders, of " + ", ".join(CONTENDERS))
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     tasks = load_tasks(files, lm)
     jobs = {name: make_jobs(name, tasks, lm, args) for name in names}
     best: dict[str, dict[str, float]] = {name: {} for name in names}
-    for _ in range(ROUNDS):
+    for _ in range(args.rounds):
         for name in names:
             for task, (amount, job) in jobs[name].items():
                 time.sleep(REST)
@@ -68,7 +69,12 @@ def main(argv: list[str] | None = None) -> None:
                 best[name][task] = max(best[name].get(task, 0.0), rate)
     report = {"rates": best, "profile": profile(lm, tasks), "trie": trie_ratio(lm, tasks["l2"])}
     report |= {"memory_mib": memory(path), "packed_bytes": path.stat().st_size, "model": CONFIG.to_dict(), "bits": BITS}
-    report |= {"engine": lm.describe() | {"path": path.name}, "torch": torch.__version__, "threads": args.threads}
+    report |= {
+        "engine": lm.describe() | {"path": path.name},
+        "torch": torch.__version__,
+        "threads": args.threads,
+        "rounds": args.rounds,
+    }
     table = render(report)
     print(table)
     if args.out:
