@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-import lowbit
 from lowbit.errors import LowbitError
 from lowbit.tools import cli
 from lowbit.tools.table_parts.config import TableConfig
@@ -41,12 +40,12 @@ def run_shared(data: str, config: TableConfig, out: str, restart: bool, jobs: in
     """
     threads, before = threads_of_job(jobs), torch.get_num_threads()
     table = Table(data, config, out, restart)
-    _use_threads(threads)
+    torch.set_num_threads(threads)  # our kernels follow
     try:
         with _helpers((data, config, out, restart, threads), jobs):
             table.run_shared()
     finally:
-        _use_threads(before)
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -72,12 +71,7 @@ def _help(number: int, data: str, config: TableConfig, out: str, restart: bool, 
     with open(Path(out) / f"job-{number}.log", "a") as stream:
         os.dup2(stream.fileno(), sys.stdout.fileno())
         os.dup2(stream.fileno(), sys.stderr.fileno())
-    _use_threads(threads)
+    torch.set_num_threads(threads)
     table = Table(data, config, out)
     table.pipeline.restart = restart
     sys.exit(cli.guard("lowbit reproduce", table.run_shared))
-
-
-def _use_threads(count: int) -> None:
-    torch.set_num_threads(count)
-    lowbit.set_threads(count)
