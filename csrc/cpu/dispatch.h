@@ -25,7 +25,7 @@ extern const KernelSet kNeonKernels[4];
 extern const KernelSet kAvx2Kernels[4];
 extern const KernelSet kAvx512Kernels[4];
 extern const Panel kAmxPanels[4];  // small, exact and quantize are AVX-512's
-extern const Kernel
-    kVbmiLookups[4];  // but for look-up tables: every CPU with AMX has VBMI; null where none exist
+// But for look-up tables: every CPU with AMX has VBMI. Null where there is none.
+extern const Kernel kVbmiLookups[4];
 
 }  // namespace lowbit
