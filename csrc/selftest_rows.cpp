@@ -56,6 +56,7 @@ void test_elementwise(const RowOps& ops, int64_t n, Errors& errors) {
   const float rectified = ops.activation[kRelu](x.data(), n, out.data());
   errors.add(rectified, greatest_magnitude(out.data(), n), 1e-9);
   for (int64_t i = 0; i < n; ++i) errors.add(out[i], std::max(x[i], 0.0f), 1e-9);
+  errors.add(ops.magnitude(x.data(), n), greatest_magnitude(x.data(), n), 1e-9);
   const float gated = ops.activation[kGelu](x.data(), n, out.data());
   errors.add(gated, greatest_magnitude(out.data(), n), 1e-9);
   for (int64_t i = 0; i < n; ++i) errors.add(out[i], x[i] * 0.5 * std::erfc(-x[i] * std::sqrt(0.5)), 2.5e-6);

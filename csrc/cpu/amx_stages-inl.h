@@ -150,9 +150,8 @@ class Folder {
     const int64_t at = s.row * spans_ + s.span;
     left_ = least(rows_end_ - s.row, kPairRows);
     done_ = 0;
-    const bool first = s.span == 0, last = s.span + 1 == spans_;
-    fold_ = first ? (last ? &Folder::rows<true, true> : &Folder::rows<true, false>)
-                  : (last ? &Folder::rows<false, true> : &Folder::rows<false, false>);
+    const bool last = s.span + 1 == spans_;
+    fold_ = s.span == 0 ? fold<true>(last) : fold<false>(last);
     c_ = s.c;
     sums_ = s.sums;
     sx_ = job_.act.scale + at;
@@ -175,8 +174,23 @@ class Folder {
   }
 
  private:
+  using Fold = void (Folder::*)(int64_t);
+
+  template <bool kFirst>
+  Fold fold(bool last) const {
+    if (!last) return &Folder::rows<kFirst, false, kNoActivation>;
+    switch (job_.activation) {
+      case kRelu:
+        return &Folder::rows<kFirst, true, kRelu>;
+      case kGelu:
+        return &Folder::rows<kFirst, true, kGelu>;
+      default:
+        return &Folder::rows<kFirst, true, kNoActivation>;
+    }
+  }
+
   // kFirst, kLast: of the row's spans.
-  template <bool kFirst, bool kLast>
+  template <bool kFirst, bool kLast, Activation kActivation>
   __attribute__((noinline)) void rows(int64_t count) {
     const __m512 scale[2] = {Avx512::load_f32(scale_[0]), Avx512::load_f32(scale_[1])};
     const __m512 bias[2] = {Avx512::load_f32(bias_[0]), Avx512::load_f32(bias_[1])};
@@ -200,7 +214,7 @@ class Folder {
         const __m512 value = Avx512::fmadd(Avx512::to_f32(total), Avx512::mul(scale[j], row_scale),
                                            kFirst ? bias[j] : Avx512::load_f32(so_far));
         if constexpr (kLast) {
-          _mm512_mask_storeu_ps(y + j * kTileN, mask[j], value);
+          _mm512_mask_storeu_ps(y + j * kTileN, mask[j], activate<Avx512, kActivation>(value));
         } else {
           _mm512_storeu_ps(so_far, value);
         }
@@ -216,7 +230,7 @@ class Folder {
   const Job& job_;
   const int64_t rows_end_, spans_;
   int64_t done_ = 0, left_ = 0;  // rows
-  void (Folder::*fold_)(int64_t) = nullptr;
+  Fold fold_ = nullptr;
   const uint8_t* c_ = nullptr;
   uint8_t* sums_ = nullptr;
   const float* sx_ = nullptr;

@@ -121,7 +121,7 @@ template <class S, int kBits>
 constexpr KernelSet kernel_set() {
   KernelSet set{};
   set.small = int8_small<S, kBits, false>;
-  set.large = {int8_large<S, kBits, false>, nullptr, panel_bytes<S>, S::kPanelBlocks, false};
+  set.large = {int8_large<S, kBits, false>, nullptr, panel_bytes<S>, S::kPanelBlocks, false, false};
   if constexpr (kBits == 2 || kBits == 4) {  // two levels are always affine; 8-bit levels are code - 128
     set.small_lookup = int8_small<S, kBits, true>;
     set.large.lookup = int8_large<S, kBits, true>;

@@ -164,8 +164,10 @@ void attend_together(const HeadBlock& block, float* room, float* out) {
 
 template <class S>
 constexpr RowOps make_row_ops() {
-  return {layer_norm<S>, add_norm<S>,        {relu<S>, gelu<S>}, quantize_row<S>, scale_add<S>, rotate<S>,
-          attend<S>,     attend_together<S>, softmax_part<S>,    log_sum_exp<S>,  subtract<S>};
+  return {layer_norm<S>,   add_norm<S>,     {activate_row<S, kRelu>, activate_row<S, kGelu>},
+          magnitude<S>,    quantize_row<S>, scale_add<S>,
+          rotate<S>,       attend<S>,       attend_together<S>,
+          softmax_part<S>, log_sum_exp<S>,  subtract<S>};
 }
 
 }  // namespace

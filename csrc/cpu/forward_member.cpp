@@ -110,6 +110,8 @@ void Member::mlp(size_t layer) {
   const Layer& l = model_.layers[layer];
   const int64_t n = batch_.nodes;
   Product fc1 = product(l.fc1, n, frame_.h);
+  const bool activated = fc1.plan.activates;
+  if (activated) fc1.job.activation = model_.activation;
   prepare_rows(&fc1, 1, n, [&](int64_t m, float* room) { return go_on(m, l.norm2, l.norm1, room); });
   run(fc1);
   mark(kProducts);
@@ -117,7 +119,9 @@ void Member::mlp(size_t layer) {
 
   Product fc2 = product(l.fc2, n, frame_.branch);
   prepare_rows(&fc2, 1, n, [&](int64_t m, float* room) {
-    return RowInput{room, ops_.activation[model_.activation](frame_.h + m * model_.ffn, model_.ffn, room)};
+    const float* h = frame_.h + m * model_.ffn;
+    if (activated) return RowInput{h, ops_.magnitude(h, model_.ffn)};
+    return RowInput{room, ops_.activation[model_.activation](h, model_.ffn, room)};
   });
   run(fc2);
   mark(kProducts);

@@ -58,8 +58,9 @@ struct Top {
     S::store_f32(p, x, count);
     if constexpr (std::is_same_v<Count, int>)
       x = S::choose(static_cast<uint16_t>((1 << count) - 1), x, S::zero_f32());
-    bits = S::magnitude_max(bits, x);
+    add(x);
   }
+  LOWBIT_INLINE void add(typename S::F32 x) { bits = S::magnitude_max(bits, x); }
   LOWBIT_INLINE float value() const { return bits_to_float(static_cast<uint32_t>(S::reduce_max(bits))); }
 };
 
@@ -109,23 +110,22 @@ float add_norm(float* x, const float* y, const NormWeights& norm, int64_t n, flo
   return normalize<S>(x, total, norm, n, out);
 }
 
-template <class S>
-float relu(const float* x, int64_t n, float* out) {
+template <class S, Activation kActivation>
+float activate_row(const float* x, int64_t n, float* out) {
   Top<S> top;
   for_vectors(n, [&](int64_t i, auto count) LOWBIT_LAMBDA {
-    top.store(out + i, S::max(S::zero_f32(), load<S>(x + i, count)), count);
+    __builtin_prefetch(x + n + i);
+    top.store(out + i, activate<S, kActivation>(load<S>(x + i, count)), count);
   });
   return top.value();
 }
 
-// x (1 + erf(x / sqrt 2)) / 2
 template <class S>
-float gelu(const float* x, int64_t n, float* out) {
+float magnitude(const float* x, int64_t n) {
   Top<S> top;
   for_vectors(n, [&](int64_t i, auto count) LOWBIT_LAMBDA {
-    const typename S::F32 v = load<S>(x + i, count);
     __builtin_prefetch(x + n + i);
-    top.store(out + i, S::mul(v, S::normal_cdf(v)), count);
+    top.add(load<S>(x + i, count));
   });
   return top.value();
 }

@@ -15,8 +15,6 @@ struct NormWeights {
   float eps = 0;
 };
 
-enum Activation { kRelu = 0, kGelu = 1 };
-
 // One head of one query over the tokens that it sees. A token's key lies at slots[j] + key, its value at
 // slots[j] + value.
 struct HeadQuery {
@@ -48,7 +46,8 @@ struct RowOps {
   // x += y; then the same of x, whose place `out` may be.
   float (*add_norm)(float* x, const float* y, const NormWeights& norm, int64_t n, float* out);
   float (*activation[2])(const float* x, int64_t n,
-                         float* out);  // [Activation]; likewise. GELU by erf, within 2e-6
+                         float* out);             // [Activation]; likewise. GELU by erf, within 2e-6
+  float (*magnitude)(const float* x, int64_t n);  // max |x|; likewise
   // Row m of the job's activations from job.x, whose max |x| is known; for weights of one span.
   void (*quantize_row)(const Job& job, int64_t m, float top);
   void (*scale_add)(float* x, float scale, const float* y, int64_t n);  // x = scale * x + y; y may be null

@@ -105,6 +105,7 @@ LinearPlan plan_linear(const Matrix& w, int64_t m, Compute compute) {
     job.w = w;
     job.m = m;
     plan.scratch = round_up(set.large.scratch_bytes(job));
+    plan.activates = set.large.activates;
   }
   const int64_t useful = m * w.n * w.k / kWorkPerThread;
   const int available = max_threads();

@@ -22,6 +22,9 @@ struct Activations {
   }
 };
 
+// What an MLP does between its products.
+enum Activation { kRelu = 0, kGelu = 1, kNoActivation = 2 };
+
 // One call, as all its workers see it. Pointers are valid and sizes checked.
 struct Job {
   Matrix w;
@@ -31,6 +34,8 @@ struct Job {
   float* y = nullptr;           // [M, N] fp32
   int64_t y_stride = 0;         // floats between rows
   int64_t m = 0;
+  Activation activation =
+      kNoActivation;               // of the outputs; kernels whose plan `activates` apply it, no others
   Activations act;                 // int8 kernels
   const float* x_tiled = nullptr;  // exact kernels: x with rows padded to whole tiles
   int64_t x_tiled_stride = 0;
@@ -52,6 +57,7 @@ struct Panel {
   int64_t (*scratch_bytes)(const Job&);  // per worker
   int blocks;                            // of a panel
   bool tiled;                            // wants activations in tile order
+  bool activates;                        // applies Job::activation
 };
 
 // The kernels of one instruction set and bit width.
@@ -83,6 +89,7 @@ struct LinearPlan {
   int64_t column_unit;  // blocks: what a member gets is a multiple of it
   int64_t scratch;      // bytes a member
   int threads;          // that are worth waking for this call alone
+  bool activates;       // heeds Job::activation
 };
 
 // The driver: prepares activations, splits the work over threads, and runs. x rows are contiguous; y is

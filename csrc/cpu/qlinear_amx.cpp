@@ -195,7 +195,7 @@ int64_t scratch_bytes(const Job& job) {
 
 template <int kBits>
 constexpr Panel amx_panel() {
-  return {amx<kBits>, kBits == 2 || kBits == 4 ? amx<kBits> : nullptr, scratch_bytes, 2, true};
+  return {amx<kBits>, kBits == 2 || kBits == 4 ? amx<kBits> : nullptr, scratch_bytes, 2, true, true};
 }
 
 }  // namespace

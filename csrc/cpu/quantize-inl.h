@@ -10,6 +10,14 @@ namespace {
 // Below this maximum 127 / max overflows; such a span quantizes to zeros (an absolute error below 1e-36).
 constexpr float kSmallestMax = 1e-36f;
 
+// GELU: x (1 + erf(x / sqrt 2)) / 2. A NaN stays one.
+template <class S, Activation kActivation>
+LOWBIT_INLINE typename S::F32 activate(const typename S::F32& x) {
+  if constexpr (kActivation == kRelu) return S::max(S::zero_f32(), x);
+  if constexpr (kActivation == kGelu) return S::mul(x, S::normal_cdf(x));
+  return x;
+}
+
 // The 64 inputs of a tile; a ragged last tile is copied and zero-padded.
 LOWBIT_INLINE const float* tile_inputs(const float* row, int64_t tile, int64_t k, float (&buffer)[kTileK]) {
   const int64_t first = tile * kTileK, left = k - first;
