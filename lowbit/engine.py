@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,11 @@ from lowbit.config import ModelConfig
 from lowbit.cuda import CudaBackend
 from lowbit.errors import LowbitError, check_seed
 from lowbit.files import PathLike
-from lowbit.forest import Chain, Paths, chains, check_stride, tries, windows
+from lowbit.forest import Chain, Lists, Paths, chains, check_stride, tries, windows
 from lowbit.loading import load_model
 from lowbit.native import NativeBackend
 from lowbit.state import Decoder, State, sample
-from lowbit.vocab import EOS, EOS_ID, Vocab
+from lowbit.vocab import EOS, EOS_ID, UNK_ID, Vocab
 
 # Input tokens of one forest, and utterances whose lists become one: bounds memory, whatever the length of the input.
 _FOREST_TOKENS = 2**14
@@ -131,6 +130,7 @@ class LanguageModel:
         self.backend, self.config, self.vocab = backend, config, vocab
         self.stride = self._stride(stride)
         self._description = description or {}
+        self._words = ops.word_index(vocab.tokens, UNK_ID)
         self._decoder = Decoder(backend, config.max_len, self.stride)
 
     def describe(self) -> dict[str, Any]:
@@ -162,17 +162,13 @@ class LanguageModel:
         out: list[NBestScores] = []
         for start in range(0, len(lists), _FOREST_LISTS):
             part = slice(start, start + _FOREST_LISTS)
-            known: dict[str, tuple[list[int], int]] = {}  # hypotheses often occur twice
-            for text in itertools.chain.from_iterable(lists[part]):
-                if text not in known:
-                    known[text] = self.vocab.encode(text)
-            ids = [[known[text][0] for text in hyps] for hyps in lists[part]]
-            oov = [np.array([known[text][1] for text in hyps], np.int64) for hyps in lists[part]]
+            words, ends, oov = self._words.encode([text for hyps in lists[part] for text in hyps])
+            hyps = Lists(words, ends, np.array([len(hyps) for hyps in lists[part]], np.int64))
             if contexts is None:
-                query, paths = tries(ids, self.config.max_len, self.stride, _TRIE_NODES, merge=True)
+                query, paths = tries(hyps, self.config.max_len, self.stride, _TRIE_NODES, merge=True)
             else:
                 before = [self.vocab.encode(text)[0] for text in contexts[part]]
-                query, paths = tries(ids, self.config.max_len, self.stride, contexts=before)
+                query, paths = tries(hyps, self.config.max_len, self.stride, contexts=before)
             out += _sum_paths(self.backend.log_probs(query).astype(np.float64), paths, oov)
         return out
 
@@ -334,17 +330,19 @@ def reorder(utterance: Any, combined: np.ndarray, columns: dict[str, np.ndarray]
     return replace(utterance, hyps=[hyps[i] for i in np.argsort(-combined, kind="stable")], extra=extra)
 
 
-def _sum_paths(log_probs: np.ndarray, paths: Paths, oov: list[np.ndarray]) -> list[NBestScores]:
-    """The scores of every list from those of the requests, fp64 [R]; distinct hypotheses are summed once."""
-    values, ends = log_probs[paths.requests], paths.ends
+def _sum_paths(log_probs: np.ndarray, paths: Paths, oov: np.ndarray) -> list[NBestScores]:
+    """The scores of every list from those of the requests, fp64 [R]; distinct hypotheses are summed once.
+
+    Args:
+        oov: int64 [H], unknown words of every hypothesis.
+    """
+    values, ends, which = log_probs[paths.requests], paths.ends, paths.which
     starts = ends - np.diff(ends, prepend=0)
-    sums = np.add.reduceat(values, starts) if len(ends) else np.empty(0)
-    tokens = [values[a:b] for a, b in zip(starts.tolist(), ends.tolist())]
-    words = ends - starts - 1
-    return [
-        NBestScores(sums[rows], words[rows], unknown, [tokens[i] for i in rows.tolist()])
-        for rows, unknown in zip(paths.which, oov)
-    ]
+    sums = (np.add.reduceat(values, starts) if len(ends) else np.empty(0))[which]
+    words = (ends - starts - 1)[which]
+    tokens = [values[a:b] for a, b in zip(starts[which].tolist(), ends[which].tolist())]
+    bounds = [0, *paths.sizes.cumsum().tolist()]
+    return [NBestScores(sums[a:b], words[a:b], oov[a:b], tokens[a:b]) for a, b in pairwise(bounds)]
 
 
 def first_pass_kind(utterance: Any) -> str:

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from lowbit import ops
 from lowbit.errors import LowbitError
 from lowbit.vocab import EOS_ID
 
@@ -183,27 +184,60 @@ def chains(rows: Iterable[Chain]) -> Query:
 
 
 @dataclass(frozen=True, eq=False)
+class Lists:
+    """The hypotheses of many N-best lists, as words of a vocabulary without ``</s>``.
+
+    Attributes:
+        words: int32, one hypothesis after another.
+        ends: int64 [H], where each of them ends in ``words``.
+        sizes: int64 [U], hypotheses of every list.
+    """
+
+    words: np.ndarray
+    ends: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def of(cls, lists: Iterable[Sequence[Sequence[int]]]) -> Lists:
+        """From token ids by list, hypothesis and word."""
+        lists = list(lists)
+        rows = [words for hyps in lists for words in hyps]
+        words = np.fromiter(itertools.chain.from_iterable(rows), np.int32)
+        return cls(words, _ends(map(len, rows)), np.fromiter(map(len, lists), np.int64))
+
+    def row(self, index: int) -> np.ndarray:
+        """Words of one hypothesis, int32."""
+        return self.words[self.ends[index - 1] if index else 0 : self.ends[index]]
+
+
+def _ends(lengths: Iterable[int]) -> np.ndarray:
+    return np.fromiter(lengths, np.int64).cumsum()
+
+
+@dataclass(frozen=True, eq=False)
 class Paths:
     """The requests whose sum is log P of a hypothesis, for every distinct hypothesis of many lists.
 
     Attributes:
         requests: int64, one distinct hypothesis after another.
-        ends: int64 [U], where each of them ends in ``requests``.
-        which: for every list, the distinct hypothesis of each of its own, int64 [H].
+        ends: int64 [D], where each of them ends in ``requests``.
+        which: int64 [H], the distinct hypothesis that each one is.
+        sizes: int64 [U], hypotheses of every list.
     """
 
     requests: np.ndarray
     ends: np.ndarray
-    which: list[np.ndarray]
+    which: np.ndarray
+    sizes: np.ndarray
 
     def of(self, utterance: int, hypothesis: int) -> np.ndarray:
         """Requests of one hypothesis, int64 [words + 1]."""
-        at = self.which[utterance][hypothesis]
+        at = self.which[self.sizes[:utterance].sum() + hypothesis]
         return self.requests[self.ends[at - 1] if at else 0 : self.ends[at]]
 
 
 def tries(
-    lists: Iterable[Sequence[Sequence[int]]],
+    lists: Lists | Iterable[Sequence[Sequence[int]]],
     max_len: int,
     stride: int,
     max_nodes: int = 512,
@@ -222,91 +256,36 @@ def tries(
     """
     if merge and contexts is not None:
         raise LowbitError("tries: lists that are read after contexts cannot be merged")
-    rows: list[tuple[int, ...]] = []  # of all tries: prefix, words, end
-    prefixes: list[int] = []
-    starts: list[int] = []  # rows that begin a trie
-    long: list[tuple[int, ...]] = []
-    which: list[list[int]] = []  # rows, or -1 - index of a long one
-    before = itertools.repeat(()) if contexts is None else contexts
-    for group, context in [(list(lists), ())] if merge else (([hyps], context) for hyps, context in zip(lists, before)):
-        keys = [list(map(tuple, hyps)) for hyps in group]
-        # Sorted, so that a hypothesis shares with the one before it all that it shares with any.
-        distinct = sorted(set(itertools.chain.from_iterable(keys)))
-        longest = max((len(words) for words in distinct if len(words) < max_len), default=0)
-        prefix = (EOS_ID, *context, EOS_ID)[longest - max_len :] if len(context) else (EOS_ID,)
-        found: dict[tuple[int, ...], int] = {}
-        starts.append(len(rows))
-        for words in distinct:
-            if len(words) >= max_len:
-                found[words] = -1 - len(long)
-                long.append(words)
-            else:
-                found[words] = len(rows)
-                rows.append((*prefix, *words, EOS_ID))
-                prefixes.append(len(prefix))
-        which += [[found[words] for words in hyps] for hyps in keys]
-    query, requests, lengths = _lay_out_tries(rows, np.array(prefixes, np.int64), starts, max_nodes)
-    if long:
-        windowed = [windows((EOS_ID, *words, EOS_ID), max_len, stride) for words in long]
-        added = chains([chain for row in windowed for chain in row])
+    if not isinstance(lists, Lists):
+        lists = Lists.of(lists)
+    groups = np.array([len(lists.ends)], np.int64) if merge else lists.sizes.cumsum()
+    prefixes = [(EOS_ID,)] * len(groups) if contexts is None else _prefixes(lists, groups, contexts, max_len)
+    tokens, parents, nodes, targets, requests, ends, which = ops.tries(
+        lists.words, lists.ends, groups, np.fromiter(itertools.chain.from_iterable(prefixes), np.int32),
+        _ends(map(len, prefixes)), max_len - 1, max_nodes, EOS_ID,
+    )  # fmt: skip
+    query = Query(Forest(tokens, parents), nodes, targets)
+    if (long := np.flatnonzero(which < 0)).size:
+        rows = [(EOS_ID, *lists.row(i).tolist(), EOS_ID) for i in long]
+        distinct = {row: len(ends) + i for i, row in enumerate(dict.fromkeys(rows))}
+        which[long] = [distinct[row] for row in rows]
+        added = chains([chain for row in distinct for chain in windows(row, max_len, stride)])
         requests = np.concatenate([requests, np.arange(len(query), len(query) + len(added))])
-        lengths = np.concatenate([lengths, [len(words) + 1 for words in long]])
+        ends = np.concatenate([ends, (ends[-1] if len(ends) else 0) + _ends(len(row) - 1 for row in distinct)])
         query = _join(query, added)
-    index = [np.array([len(rows) - 1 - at if at < 0 else at for at in row], np.int64) for row in which]
-    return query, Paths(requests, lengths.cumsum(), index)
+    return query, Paths(requests, ends, which, lists.sizes)
 
 
-def _lay_out_tries(
-    rows: Sequence[Sequence[int]], prefixes: np.ndarray, starts: Sequence[int], max_nodes: int
-) -> tuple[Query, np.ndarray, np.ndarray]:
-    """Sorted rows to tries, for all of them at once: loops over words in Python took as long as the model itself.
-
-    A row [c] holds the tokens of a prefix and of words, and then ``</s>``, for which there is no node. What a row
-    shares with the one before it exists already.
-
-    Args:
-        prefixes: int64 [U], length of the part of each row that nothing is asked about.
-        starts: rows at which a trie begins.
-
-    Returns:
-        the query, the requests row after row, and how many each row has, int64 [U].
-    """
-    if not rows:
-        return chains([]), np.empty(0, np.int64), np.empty(0, np.int64)
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    ends = lengths.cumsum()
-    tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int32, ends[-1])
-    # Every token: its column, and the token of the row before in the same column.
-    column = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-    above = np.arange(ends[-1]) - np.repeat(np.concatenate([[0], lengths[:-1]]), lengths)
-    depths = lengths - 1
-    both = np.minimum(depths, np.concatenate([[0], depths[:-1]]))  # columns in which both rows have nodes
-    same = (column < np.repeat(both, lengths)) & (tokens == tokens[above])
-    shared = np.minimum.reduceat(np.where(same, lengths.max(), column), ends - lengths)
-    shared[[s for s in starts if s < len(rows)]] = 0
-    _divide(shared, depths, max_nodes)
-
-    new = column >= np.repeat(shared, lengths)
-    is_node = column < np.repeat(depths, lengths)
-    # What a row shares stands in the row before, or one before that: few steps, each twice as long, lead to where it
-    # is new.
-    first = np.where(new, np.arange(ends[-1]), above)
-    while not new[first].all():
-        first = first[first]
-    asked = column >= np.repeat(prefixes, lengths)
-    node_id, request_id = (new & is_node).cumsum()[first] - 1, (new & asked).cumsum()[first] - 1
-    parent = np.where(column == 0, -1, np.concatenate([[-1], node_id[:-1]]))
-    forest = Forest(tokens[new & is_node], parent[new & is_node])
-    return Query(forest, parent[new & asked], tokens[new & asked]), request_id[asked], lengths - prefixes
-
-
-def _divide(shared: np.ndarray, nodes: np.ndarray, max_nodes: int) -> None:
-    """Begin another trie (``shared`` 0) before a row that would make one larger than ``max_nodes``."""
-    size = 0
-    for row, (common, length) in enumerate(zip(shared.tolist(), nodes.tolist())):
-        size = length if common == 0 else size + length - common
-        if size > max_nodes and common > 0:
-            shared[row], size = 0, length
+def _prefixes(
+    lists: Lists, groups: np.ndarray, contexts: Iterable[Sequence[int]], max_len: int
+) -> list[tuple[int, ...]]:
+    """What is read before the hypotheses of every list: as much of its context as leaves room for the longest."""
+    lengths = np.diff(lists.ends, prepend=0)
+    prefixes = []
+    for end, size, context in zip(groups, lists.sizes, contexts):
+        longest = max((n for n in lengths[end - size : end].tolist() if n < max_len), default=0)
+        prefixes.append((EOS_ID, *context, EOS_ID)[longest - max_len :] if len(context) else (EOS_ID,))
+    return prefixes
 
 
 def _join(a: Query, b: Query) -> Query:

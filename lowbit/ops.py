@@ -12,7 +12,9 @@ Inputs of another float dtype are converted to fp32; the result is always fp32 a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from lowbit import bitpack, pages, tuning
@@ -84,6 +86,20 @@ def native_engine(spec: dict, token_budget: int):
 def forest_query(nodes: int, tokens: int, parents: int, requests: int, request_nodes: int, targets: int):
     """The extension's view of checked arrays, given by their addresses."""
     return _C.ForestQuery(nodes, tokens, parents, requests, request_nodes, targets)
+
+
+def word_index(words: Sequence[str], unknown: int):
+    """Ids of the words of many texts at once. ``encode(texts)`` splits like ``str.split()`` and returns the ids of all
+    words, int32; where each text ends in them, int64 [T]; how many words of each are not among ``words``, int64 [T]."""
+    return _C.WordIndex(words, unknown)
+
+
+def tries(
+    words: np.ndarray, ends: np.ndarray, group_ends: np.ndarray, prefixes: np.ndarray, prefix_ends: np.ndarray,
+    most_words: int, most_nodes: int, end: int,
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """N-best lists to tries, by csrc/tries.h; see :func:`lowbit.forest.tries`, which has checked the arrays."""
+    return _C.tries(words, ends, group_ends, prefixes, prefix_ends, most_words, most_nodes, end)
 
 
 class PackedWeight:

@@ -104,7 +104,7 @@ words = st.lists(st.integers(0, 4), max_size=9)
 )
 def test_tries_hold_every_hypothesis(lists, max_len, max_nodes, merge):
     query, paths = tries(lists, max_len, max(1, max_len // 2), max_nodes, merge=merge)
-    assert [len(rows) for rows in paths.which] == [len(hyps) for hyps in lists]
+    assert paths.sizes.tolist() == [len(hyps) for hyps in lists] and len(paths.which) == sum(map(len, lists))
     for u, hyps in enumerate(lists):
         for h, ids in enumerate(hyps):
             assert paths_of(query, paths.of(u, h)) == [*ids, 0]

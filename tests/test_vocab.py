@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowbit import ops
 from lowbit.errors import LowbitError
 from lowbit.vocab import EOS, EOS_ID, UNK, UNK_ID, Vocab
 
@@ -31,6 +32,26 @@ def test_encode_counts_unknown_words_but_not_a_literal_unk():
     vocab = Vocab.build(["a b"])
     assert vocab.encode("a x <unk> b") == ([2, 1, 1, 3], 1)
     assert vocab.encode("") == ([], 0)
+
+
+# White space of ASCII and beyond, what only looks like it, letters of all kinds, a lone surrogate.
+odd_text = st.text(st.sampled_from("ab é字\t\n\x0b\x1c\x1f\x00\x7f\x85\xa0\u2003\u200b\u3000\U0001f600\ud800"))
+
+
+@given(st.lists(odd_text | st.text(st.characters()), max_size=8))
+def test_many_texts_at_once_as_one_by_one(texts):
+    vocab = Vocab([EOS, UNK, "a", "ab", "é", "字", "b\u200b"])
+    ids, ends, unknown = ops.word_index(vocab.tokens, UNK_ID).encode(texts)
+    expected = [vocab.encode(text) for text in texts]
+    assert ids.tolist() == [i for row, _ in expected for i in row]
+    assert (ends.tolist(), unknown.tolist()) == (
+        [sum(len(row) for row, _ in expected[: i + 1]) for i in range(len(texts))], [n for _, n in expected],
+    )  # fmt: skip
+
+
+def test_texts_are_strings():
+    with pytest.raises(TypeError, match="text 1 is no string but <class 'bytes'>"):
+        ops.word_index([EOS, UNK], UNK_ID).encode(["a", b"b"])
 
 
 @given(st.lists(st.text(min_size=1, max_size=6).filter(lambda w: w.split() == [w]), min_size=1, unique=True))
