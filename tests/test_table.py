@@ -26,7 +26,10 @@ TINY = {
     "seeds": [3], "ratio": 3, "budgets": [], "uniform": ["2"], "manual": "embed=4 *=2", "randoms": 1, "epochs": 0.5,
     "lr": 0.005, "distill": 0.2, "hessian": ["--samples", "2", "4", "--check", "4", "--check-tokens", "200"],
     "kl": ["--samples", "2", "2", "--tokens", "64"], "nas": ["--epochs", "0.5"],
-    "long": {"epochs": 0.7, "rows": ["best"]},
+    "long": [
+        {"epochs": 0.7, "rows": ["best"], "seeds": ["best"]},
+        {"epochs": 0.6, "rows": ["fp32-again"], "options": {"less dropout": ["--dropout-scale", "0.3"]}},
+    ],
     "trials": {"straight-through, slowly": ["--method", "straight-through", "--lr", "0.001"]},
 }  # fmt: skip
 
@@ -117,8 +120,10 @@ def test_named_tables_have_every_row(name):
         ({"seeds": []}, "seeds"),
         ({"uniform": ["1"]}, "precision 2"),
         ({"uniform": ["3"]}, "'3'"),
-        ({"long": {"epochs": 1}}, "long"),
-        ({"long": {"epochs": 1, "rows": ["x"]}}, "'x'"),
+        ({"long": [{"epochs": 1}]}, "long"),
+        ({"long": [{"epochs": 1, "rows": [], "options": {}}]}, "one title"),
+        ({"long": [{"epochs": 1, "rows": ["x"]}]}, "'x'"),
+        ({"long": [{"epochs": 1, "rows": ["best"], "seeds": ["uniform-2"]}]}, "seeds: unknown row 'uniform-2'"),
         ({"trials": {"a": "--lr 1"}}, "trials"),
         ({"colour": "red"}, "'colour'"),
     ],
@@ -171,6 +176,7 @@ def test_rows_have_sizes_statistics_and_verdicts(folder, whole):
     rows = {row["key"]: row for row in whole["rows"]}
     assert {"fp32", "hessian", "kl", "nas", "random-1", "inverse", "ste-only", "post-training"} <= set(rows)
     assert f"{whole['best']}-long" in rows
+    assert rows["fp32-again-long-2"]["title"].endswith("0.6 epochs, less dropout")
     for row in rows.values():
         assert row["test_low"] < row["test_ppl"] < row["test_high"]
         assert row.get("predicted_bytes", row["bytes"]) == row["bytes"], "predicted and packed size differ"

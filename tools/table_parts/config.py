@@ -27,7 +27,9 @@ class TableConfig:
         admm: further options of the rows trained by ADMM.
         hessian, kl, nas: further options of these stages; the supernet has the learning rate ``lr`` or its own.
         trials: title -> other options of `lowbit admm` for the Hessian's plan, compared on validation text alone.
-        long: ``{"epochs": E, "rows": [...]}``: headline rows trained again for longer; of ``LONG_ROWS``.
+        long: headline rows trained again for longer, each ``{"epochs": E, "rows": [...]}``, rows of ``LONG_ROWS``; with
+            ``"options": {title: [...]}``, what they are trained with besides, or instead; with ``"seeds": [...]``,
+            which of them have all seeds too.
         seconds_per_step: measured, for the estimate of --dry-run; None where it was not.
     """
 
@@ -47,7 +49,7 @@ class TableConfig:
     kl: list[str] = field(default_factory=list)
     nas: list[str] = field(default_factory=list)
     trials: dict[str, list[str]] = field(default_factory=dict)
-    long: dict[str, Any] = field(default_factory=dict)
+    long: list[dict[str, Any]] = field(default_factory=list)
     seconds_per_step: float | None = None
 
     def __post_init__(self) -> None:
@@ -58,11 +60,12 @@ class TableConfig:
             raise LowbitError("uniform: needs the precision 2, which the searched plans are compared with")
         if any(isinstance(options, str) for options in self.trials.values()):
             raise LowbitError("trials: options are lists of words")
-        if self.long:
-            if set(self.long) != {"epochs", "rows"}:
-                raise LowbitError("long: needs exactly epochs and rows")
-            if unknown := [row for row in self.long["rows"] if row not in LONG_ROWS]:
-                raise LowbitError(f"long: unknown row {unknown[0]!r}; known: {', '.join(LONG_ROWS)}")
+        for long in self.long:
+            if set(long) - {"options", "seeds"} != {"epochs", "rows"} or len(long.get("options", {"": []})) != 1:
+                raise LowbitError("long: needs epochs, rows, and perhaps seeds, and options under one title")
+            for key, known in (("rows", LONG_ROWS), ("seeds", long["rows"])):
+                if unknown := [row for row in long.get(key, ()) if row not in known]:
+                    raise LowbitError(f"long: {key}: unknown row {unknown[0]!r}; known: {', '.join(known)}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

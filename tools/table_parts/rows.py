@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowbit.tools.table_parts.config import TableConfig
 
@@ -76,16 +76,23 @@ def headline_rows(config: TableConfig, best: RowSpec) -> list[RowSpec]:
     seeds = tuple(config.seeds)
     rows = []
     if len(seeds) > 1:
-        for row in (best, by_key["uniform-2"]):
-            rows.append(
-                RowSpec(f"{row.key}-seeds", f"{row.title}, {len(seeds)} seeds", "admm", row.plan, seeds, row.epochs)
-            )
+        rows += [_with_seeds(row, seeds) for row in (best, by_key["uniform-2"])]
     by_key["best"] = best
-    for name in config.long.get("rows", ()):
-        row, epochs = by_key[name], config.long["epochs"]
-        key, title = f"{row.key}-long", f"{row.title}, {epochs:g} epochs"
-        rows.append(RowSpec(key, title, row.kind, row.plan, row.seeds, epochs, row.options))
+    for i, long in enumerate(config.long, 1):
+        epochs, number = long["epochs"], "" if i == 1 else f"-{i}"
+        about, options = next(iter(long.get("options", {"": []}).items()))
+        for name in long["rows"]:
+            row = by_key[name]
+            title = f"{row.title}, {epochs:g} epochs" + (f", {about}" if about else "")
+            longer = replace(row, key=f"{row.key}-long{number}", title=title, epochs=epochs)
+            rows.append(replace(longer, options=(*row.options, *options)))
+            if name in long.get("seeds", ()) and len(seeds) > 1:
+                rows.append(_with_seeds(rows[-1], seeds))
     return rows
+
+
+def _with_seeds(row: RowSpec, seeds: tuple[int, ...]) -> RowSpec:
+    return replace(row, key=f"{row.key}-seeds", title=f"{row.title}, {len(seeds)} seeds", seeds=seeds)
 
 
 def trial_rows(config: TableConfig) -> list[RowSpec]:

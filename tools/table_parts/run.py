@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ class Table:
         """All work, in parts that wait for little: only the searches, and for the headline the searched rows."""
         tasks: list[Callable[[], Any]] = [partial(self._full_precision, seed) for seed in self.config.seeds]
         tasks += [partial(self._searched_row, spec) for spec in first_rows(self.config)]
-        headline = headline_rows(self.config, RowSpec("", "", ""))
-        tasks += [partial(self._headline_row, i) for i in range(len(headline))]
+        headline = headline_rows(self.config, RowSpec("", "", "", seeds=tuple(self.config.seeds[:1])))
+        tasks += [partial(self._headline_row, i, seed) for i, spec in enumerate(headline) for seed in spec.seeds]
         return tasks + [partial(self._searched_row, spec, ("valid",)) for spec in trial_rows(self.config)]
 
     def _searched_row(self, spec: RowSpec, splits: tuple[str, ...] = SPLITS) -> None:
@@ -81,8 +82,9 @@ class Table:
         for split in splits:
             self._nll(spec, split)
 
-    def _headline_row(self, index: int) -> None:
-        self._searched_row(headline_rows(self.config, self._best(first_rows(self.config)))[index])
+    def _headline_row(self, index: int, seed: int) -> None:
+        spec = headline_rows(self.config, self._best(first_rows(self.config)))[index]
+        self._searched_row(replace(spec, seeds=(seed,)))
 
     def _best(self, specs: list[RowSpec]) -> RowSpec:
         """The searched row that is best on validation text."""
