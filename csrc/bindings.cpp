@@ -80,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_max_threads", &set_max_threads);
   m.def("max_threads", &max_threads);
   register_engine(m);
+  register_linear(m);
   register_text(m);
   register_train(m);
 }

@@ -36,6 +36,7 @@ struct MatrixView {
 };
 
 void register_engine(pybind11::module_& m);  // bindings_engine.cpp
+void register_linear(pybind11::module_& m);  // bindings_linear.cpp
 void register_text(pybind11::module_& m);    // bindings_text.cpp
 void register_train(pybind11::module_& m);   // bindings_train.cpp
 

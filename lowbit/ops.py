@@ -243,6 +243,13 @@ def linear(
     Raises:
         LowbitError: shapes, dtypes or devices that do not fit, or an unknown ``compute``.
     """
+    if not _is_traced():
+        try:
+            y = _linear(x, q, bias, compute)
+        except RuntimeError as error:  # a bad LOWBIT_ISA, found at the first call
+            raise LowbitError(str(error)) from None
+        if y is not None:
+            return y
     weight = q if isinstance(q, PackedWeight) else packed(q)
     if compute not in COMPUTE:
         raise LowbitError(f"compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
@@ -252,6 +259,22 @@ def linear(
         stored = (weight.tiles, weight.scales, weight.table)
         return torch.ops.lowbit.linear(x, *stored, bias, n, k, weight.bits, weight.span, exact)
     return _run(x, weight._native, n, k, bias, exact)
+
+
+def _tensor_linear():
+    """The usual call as one C function, which returns None for any other: csrc/bindings_linear.cpp. Where an
+    older PyTorch lacks what it needs, a call takes 2 us more, and up to 30 when a matrix has displaced Python from the
+    caches."""
+    functions = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    try:
+        return _C.TensorLinear(functions, _PLAIN, PackedWeight).run
+    except (ImportError, TypeError):
+        return lambda x, q, bias, compute: None
+
+
+_linear = _tensor_linear()
+# A lookup less than torch.compiler.is_compiling, and shorter: export, the difference, has types of tensors of its own.
+_is_traced = torch.compiler.is_dynamo_compiling
 
 
 def _run(x: torch.Tensor, native, n: int, k: int, bias: torch.Tensor | None, exact: bool) -> torch.Tensor:
@@ -265,7 +288,7 @@ def _run(x: torch.Tensor, native, n: int, k: int, bias: torch.Tensor | None, exa
     if not x.is_cpu:
         raise LowbitError(f"x is on {x.device}; this weight is on the CPU")
     *rows, _ = x.shape
-    y, stride = torch.empty((*rows, n)), k
+    y, stride = torch.empty((*rows, n), dtype=torch.float32, device="cpu"), k
     if not x.is_contiguous():
         if x.ndim == 2 and x.stride(1) == 1 and x.stride(0) >= k:
             stride = x.stride(0)
@@ -282,7 +305,7 @@ def _run(x: torch.Tensor, native, n: int, k: int, bias: torch.Tensor | None, exa
         _C.linear(
             native, x.data_ptr(), math.prod(rows), stride, 0 if bias is None else bias.data_ptr(), y.data_ptr(), exact
         )
-    except RuntimeError as error:  # a bad LOWBIT_ISA, found at the first call
+    except RuntimeError as error:  # as in linear()
         raise LowbitError(str(error)) from None
     return y
 

@@ -34,6 +34,10 @@ SHAPES = [
     (16, 1100, None),
 ]
 
+needs_dlpack = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this PyTorch has no functions of DLPack in C"
+)
+
 
 @pytest.fixture(params=ops.available_isas())
 def isa(request):
@@ -183,6 +187,55 @@ def test_tiny_and_zero_rows(isa):
     assert torch.equal(linear(torch.zeros(2, 64), q, bias), bias.expand(2, 20))
     assert torch.equal(linear(torch.full((1, 64), 1e-40), q, bias), bias.expand(1, 20))
     assert bool(linear(torch.full((1, 64), 1e-30), q).ne(0).any())
+
+
+@needs_dlpack
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_the_usual_call_in_c_gives_the_same_bits(monkeypatch, compute):
+    q, gen = random_weight(33, 70, 4, None), torch.Generator().manual_seed(1)
+    bias, native = torch.randn(33, generator=gen), ops._linear
+    assert native(torch.randn(1, 70), copy.deepcopy(q), None, compute) is None  # not packed yet
+    for rows in ((), (3,), (2, 5), (0,), (2, 0)):
+        x = torch.randn(*rows, 70, generator=gen)
+        for weight, b in itertools.product((q, packed(q)), (None, bias)):
+            found = native(x, weight, b, compute)
+            assert type(found) is torch.Tensor and found.dtype is torch.float32 and not found.requires_grad
+            monkeypatch.setattr(ops, "_linear", lambda *arguments: None)
+            expected = linear(x, weight, b, compute)
+            monkeypatch.undo()
+            assert found.shape == expected.shape and torch.equal(found, expected)
+    parameter = torch.nn.Parameter(x)
+    assert torch.equal(native(parameter, q, torch.nn.Parameter(bias), compute), native(x, q, bias, compute))
+
+
+@needs_dlpack
+def test_no_other_call_is_made_in_c():
+    q, x, bias = random_weight(33, 70, 4, None), torch.randn(3, 70), torch.randn(33)
+    packed(q)
+    assert ops._linear(x, q, bias, "int8") is not None
+
+    class Other(torch.Tensor):
+        pass
+
+    strided = torch.randn(3, 140)[:, ::2]
+    for bad in (x.double(), x.half(), strided, x[:, 1:], x[0, 0], x.as_subclass(Other), x.numpy(), None, x.to("meta")):
+        assert ops._linear(bad, q, bias, "int8") is None
+    for bad in (bias.double(), bias[1:], torch.randn(1, 33), torch.randn(66)[::2], 0.5):
+        assert ops._linear(x, q, bad, "int8") is None
+    for bad in ("INT8", None, 8):
+        assert ops._linear(x, q, bias, bad) is None
+    for bad in (None, q.codes, x):
+        assert ops._linear(x, bad, bias, "int8") is None
+
+
+def test_results_are_fp32_whatever_the_default():
+    q, x = random_weight(33, 70, 4, None), torch.randn(3, 70)
+    expected = linear(x, q), linear(x.double(), q)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(linear(x, q), expected[0]) and torch.equal(linear(x.double(), q), expected[1])
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_copies_are_independent():
