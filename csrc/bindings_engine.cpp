@@ -1,4 +1,5 @@
 // lowbit._C.Engine: the native engine. lowbit/native.py has checked everything that crosses.
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include "bindings.h"
@@ -65,16 +66,30 @@ std::vector<double> profile(Engine& engine, const ForestQuery& query, Address ou
   return seconds;
 }
 
-std::shared_ptr<KvNode> extend(Engine& engine, std::shared_ptr<KvNode> parent,
-                               const std::vector<int32_t>& tokens, Address all) {
-  py::gil_scoped_release release;
-  return engine.extend(std::move(parent), tokens.data(), static_cast<int64_t>(tokens.size()),
-                       pointer<float>(all));
+// The node of the tokens and, where it is asked for, log P of every next token.
+py::tuple extend(Engine& engine, std::shared_ptr<KvNode> parent, const std::vector<int32_t>& tokens,
+                 bool distribution) {
+  py::object all = py::none();
+  float* out = nullptr;
+  if (distribution) {
+    py::array_t<float> found(engine.vocab());
+    out = found.mutable_data();
+    all = std::move(found);
+  }
+  std::shared_ptr<KvNode> node;
+  {
+    py::gil_scoped_release release;
+    node = engine.extend(std::move(parent), tokens.data(), static_cast<int64_t>(tokens.size()), out);
+  }
+  return py::make_tuple(std::move(node), std::move(all));
 }
 
-void log_probs(Engine& engine, const KvNode& node, Address out) {
+py::array_t<float> log_probs(Engine& engine, const KvNode& node) {
+  py::array_t<float> all(engine.vocab());
+  float* out = all.mutable_data();
   py::gil_scoped_release release;
-  engine.log_probs(node, pointer<float>(out));
+  engine.log_probs(node, out);
+  return all;
 }
 
 }  // namespace
@@ -89,7 +104,7 @@ void register_engine(py::module_& m) {
            py::arg("spec"), py::arg("token_budget"))
       .def("score", &score)
       .def("profile", &profile)
-      .def("extend", &extend, py::arg("parent").none(true), py::arg("tokens"), py::arg("all"))
+      .def("extend", &extend, py::arg("parent").none(true), py::arg("tokens"), py::arg("distribution"))
       .def("log_probs", &log_probs)
       .def_property_readonly("cache_slots", [](const Engine& e) { return e.cache().used(); })
       .def_property_readonly("cache_bytes", [](const Engine& e) { return e.cache().bytes(); });

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +20,7 @@ from lowbit.model import TransformerLM
 LOGIT_BLOCK = 2**21
 
 
-@dataclass(frozen=True, eq=False)
-class Block:
+class Block(NamedTuple):
     """What a backend keeps of consecutive tokens of one path, opaque to the engine.
 
     Attributes:
@@ -63,7 +61,7 @@ class Backend(Protocol):
 
 def check_tokens(config: ModelConfig, tokens: Sequence[int] | np.ndarray, length: int) -> None:
     """Raises LowbitError: a token outside the vocabulary, or a path of more tokens than the model's context."""
-    low, high = (min(tokens), max(tokens)) if isinstance(tokens, list) else (tokens.min(), tokens.max())
+    low, high = (tokens.min(), tokens.max()) if isinstance(tokens, np.ndarray) else (min(tokens), max(tokens))
     if low < 0 or high >= config.vocab_size:
         bad = low if low < 0 else high
         raise LowbitError(f"token {bad} is outside the vocabulary of {config.vocab_size}")

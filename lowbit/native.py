@@ -73,18 +73,14 @@ class NativeBackend:
         self, past: Block | None, tokens: Sequence[int], distribution: bool = False
     ) -> tuple[Block, np.ndarray | None]:
         """See :meth:`lowbit.backend.Backend.extend`."""
-        row = [int(t) for t in tokens]
-        end = len(row) + (past.end if past else 0)
-        check_tokens(self.config, row, end)
-        found = np.empty(self.config.vocab_size, np.float32) if distribution else None
-        node = self._engine.extend(past.data if past else None, row, found.ctypes.data if distribution else 0)
+        end = len(tokens) + (past.end if past else 0)
+        check_tokens(self.config, tokens, end)
+        node, found = self._engine.extend(past.data if past else None, tokens, distribution)
         return Block(None, end, node), found
 
     def next_log_probs(self, block: Block) -> np.ndarray:
         """fp32 [V]: natural log P of every token after the last one of ``block``."""
-        found = np.empty(self.config.vocab_size, np.float32)
-        self._engine.log_probs(block.data, found.ctypes.data)
-        return found
+        return self._engine.log_probs(block.data)
 
     @property
     def cache_slots(self) -> int:

@@ -42,6 +42,7 @@ class Engine {
   void log_probs(const KvNode& node, float* out);
 
   const KvCache& cache() const { return *cache_; }
+  int64_t vocab() const { return model_.vocab; }
 
  private:
   // What a call borrows and gives back, so that repeated calls allocate nothing.
