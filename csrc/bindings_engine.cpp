@@ -66,9 +66,14 @@ std::vector<double> profile(Engine& engine, const ForestQuery& query, Address ou
   return seconds;
 }
 
-// The node of the tokens and, where it is asked for, log P of every next token.
+// The node of the tokens and, where it is asked for, log P of every next token. Checked here, not in Python: after a forward
+// every line of Python waits for memory.
 py::tuple extend(Engine& engine, std::shared_ptr<KvNode> parent, const std::vector<int32_t>& tokens,
                  bool distribution) {
+  const auto count = static_cast<int64_t>(tokens.size());
+  bool good = count > 0 && (parent ? parent->end : 0) + count <= engine.context();
+  for (const int32_t token : tokens) good = good && token >= 0 && token < engine.vocab();
+  if (!good) throw py::value_error("tokens outside the vocabulary, or too many of them");
   py::object all = py::none();
   float* out = nullptr;
   if (distribution) {
@@ -79,7 +84,7 @@ py::tuple extend(Engine& engine, std::shared_ptr<KvNode> parent, const std::vect
   std::shared_ptr<KvNode> node;
   {
     py::gil_scoped_release release;
-    node = engine.extend(std::move(parent), tokens.data(), static_cast<int64_t>(tokens.size()), out);
+    node = engine.extend(std::move(parent), tokens.data(), count, out);
   }
   return py::make_tuple(std::move(node), std::move(all));
 }

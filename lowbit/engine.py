@@ -258,11 +258,12 @@ class LanguageModel:
         ``</s>`` ends the sentence: its log P completes the sentence's, and the state after it goes on with the text so
         far as context. An unknown word is scored as ``<unk>`` and counted in ``state.oov``.
         """
-        if word.split() != [word]:
-            raise LowbitError(f"advance() takes one word, not {word!r}; {EOS} ends a sentence")
-        token = self.vocab.id(word)
-        logprob = float(self._decoder.log_probs(state)[token])
-        return logprob, self._decoder.append(state, token, int(word not in self.vocab))
+        token, oov = self.vocab.find(word), 0
+        if token is None:
+            if word.split() != [word]:
+                raise LowbitError(f"advance() takes one word, not {word!r}; {EOS} ends a sentence")
+            token, oov = UNK_ID, 1
+        return self._decoder.log_probs(state).item(token), self._decoder.append(state, token, oov)
 
     def rescore(self, nbest: Iterable[Any], lm_weight: float, length_bonus: float = 0.0) -> list[Any]:
         """Every list sorted by am + lm_weight * log P + length_bonus * words, best first; ties keep their order.

@@ -74,8 +74,11 @@ class NativeBackend:
     ) -> tuple[Block, np.ndarray | None]:
         """See :meth:`lowbit.backend.Backend.extend`."""
         end = len(tokens) + (past.end if past else 0)
-        check_tokens(self.config, tokens, end)
-        node, found = self._engine.extend(past.data if past else None, tokens, distribution)
+        try:
+            node, found = self._engine.extend(past.data if past else None, tokens, distribution)
+        except ValueError:
+            check_tokens(self.config, tokens, end)  # says what is wrong
+            raise
         return Block(None, end, node), found
 
     def next_log_probs(self, block: Block) -> np.ndarray:

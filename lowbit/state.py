@@ -84,19 +84,26 @@ class Decoder:
         return found
 
     def _distribution(self, state: State) -> np.ndarray:
-        """The next-token distribution, and on the way the blocks that the state and its ancestors lack."""
+        """The next-token distribution, and the state's block where it has none."""
         if state._block is not None:
             return self.backend.next_log_probs(state._block)
+        block, parent = None, state._parent
+        if parent is not None:
+            block = parent._block or self._block(parent)
+        # Two threads may compute the same block: both get the same numbers, and the last one stays.
+        state._block, found = self.backend.extend(block, state._tokens, True)
+        return found
+
+    def _block(self, state: State) -> Block:
+        """The block of a state that has none yet, and on the way those that its ancestors lack."""
         missing = [state]
         while (parent := missing[-1]._parent) is not None and parent._block is None:
             missing.append(parent)
         block = parent._block if parent is not None else None
-        # Two threads may compute the same block: both get the same numbers, and the last one stays.
-        for at in missing[:0:-1]:
+        for at in reversed(missing):
             block, _ = self.backend.extend(block, at._tokens)
             at._block = block
-        state._block, found = self.backend.extend(block, state._tokens, True)
-        return found
+        return block
 
     def _check(self, state: State) -> None:
         if not isinstance(state, State) or state._decoder is not self:

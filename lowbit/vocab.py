@@ -49,6 +49,10 @@ class Vocab:
         """The word's id, ``UNK_ID`` where it is unknown."""
         return self._ids.get(word, UNK_ID)
 
+    def find(self, word: str) -> int | None:
+        """The word's id, None where it is unknown."""
+        return self._ids.get(word)
+
     def encode(self, line: str) -> tuple[list[int], int]:
         """Ids of the words of ``line`` (no ``</s>`` added) and how many of them are out of vocabulary.
 

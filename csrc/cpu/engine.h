@@ -43,6 +43,7 @@ class Engine {
 
   const KvCache& cache() const { return *cache_; }
   int64_t vocab() const { return model_.vocab; }
+  int64_t context() const { return model_.max_len; }
 
  private:
   // What a call borrows and gives back, so that repeated calls allocate nothing.
