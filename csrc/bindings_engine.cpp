@@ -1,4 +1,4 @@
-// lowbit._C.Engine: the native engine. lowbit/native.py has checked everything that crosses.
+// lowbit._C.Engine: the native engine. lowbit/native.py has checked everything that crosses but the tokens of extend.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 

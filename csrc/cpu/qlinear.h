@@ -34,10 +34,9 @@ struct Job {
   float* y = nullptr;           // [M, N] fp32
   int64_t y_stride = 0;         // floats between rows
   int64_t m = 0;
-  Activation activation =
-      kNoActivation;               // of the outputs; kernels whose plan `activates` apply it, no others
-  Activations act;                 // int8 kernels
-  const float* x_tiled = nullptr;  // exact kernels: x with rows padded to whole tiles
+  Activation activation = kNoActivation;  // of the outputs; only kernels whose plan `activates` apply it
+  Activations act;                        // int8 kernels
+  const float* x_tiled = nullptr;         // exact kernels: x with rows padded to whole tiles
   int64_t x_tiled_stride = 0;
 };
 
