@@ -12,16 +12,21 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: seconds a sample at least, rounds at least and at most, seconds for all rounds."""
+    """How long to measure: seconds before a sample and in one, rounds at least and at most, seconds for all rounds.
 
+    ``warm`` is time, not a number of calls: after a pause, and after other work, a core needs milliseconds to come back
+    to its pace (a product of 1.3 ms took 2.1, 1.6, 1.3 and 1.25 ms the first four times).
+    """
+
+    warm: float
     sample: float
     min_rounds: int
     max_rounds: int
     total: float
 
 
-FULL = Effort(sample=0.004, min_rounds=7, max_rounds=31, total=0.8)
-QUICK = Effort(sample=0.002, min_rounds=3, max_rounds=5, total=0.15)
+FULL = Effort(warm=0.006, sample=0.006, min_rounds=7, max_rounds=31, total=0.8)
+QUICK = Effort(warm=0.002, sample=0.002, min_rounds=3, max_rounds=5, total=0.15)
 SETTLED = 0.02  # stop once the quartiles of the first candidate lie this close to its median
 REST = 0.004  # seconds before a sample: workers of the last candidate's pool stop spinning
 
@@ -49,10 +54,12 @@ def repeats(call: Call, sample: float) -> int:
     return max(1, min(100_000, round(sample / max(once, 1e-7))))
 
 
-def seconds_a_call(call: Call, count: int) -> float:
+def seconds_a_call(call: Call, count: int, warm: float) -> float:
     time.sleep(REST)
-    if count > 1:
-        call()  # wakes the workers and brings back what the others drove out of the caches; long calls hide that
+    begin = time.perf_counter()
+    call()  # wakes the workers and brings back what the others drove out of the caches
+    while time.perf_counter() - begin < warm:
+        call()
     start = time.perf_counter()
     for _ in range(count):
         call()
@@ -67,7 +74,7 @@ def compare(calls: dict[str, Call], effort: Effort) -> dict[str, list[float]]:
     start = time.perf_counter()
     for number in range(effort.max_rounds):
         for name in list(calls) if number % 2 == 0 else reversed(list(calls)):
-            times[name].append(seconds_a_call(calls[name], counts[name]))
+            times[name].append(seconds_a_call(calls[name], counts[name], effort.warm))
         late = time.perf_counter() - start > effort.total
         if number + 1 >= effort.min_rounds and (late or settled(times[first])):
             break

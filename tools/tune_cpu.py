@@ -25,7 +25,7 @@ from lowbit.tools.timing import Effort, compare, quartiles
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48)
 SHAPES = ((2048, 512), (2048, 2048))
 NEVER = 64  # rows: where the kernel for few rows wins throughout, it is left at least here
-EFFORT = Effort(sample=0.002, min_rounds=5, max_rounds=9, total=0.15)
+EFFORT = Effort(warm=0.002, sample=0.002, min_rounds=5, max_rounds=9, total=0.15)
 
 
 def parser() -> argparse.ArgumentParser:
