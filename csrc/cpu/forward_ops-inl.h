@@ -66,7 +66,8 @@ struct Top {
 
 template <class S>
 void quantize_row(const Job& job, int64_t m, float top) {
-  quantize_span<S>(job, m, 0, job.x + m * job.x_stride, {0, job.w.tiles_k()}, top);
+  const float *row = job.x + m * job.x_stride, *next = m + 1 < job.m ? row + job.x_stride : row;
+  quantize_span<S, 4>(job, m, 0, row, {0, job.w.tiles_k()}, top, next);
 }
 
 // total: of the n values.

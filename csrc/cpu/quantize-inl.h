@@ -18,40 +18,51 @@ LOWBIT_INLINE typename S::F32 activate(const typename S::F32& x) {
   return x;
 }
 
-// The 64 inputs of a tile; a ragged last tile is copied and zero-padded.
-LOWBIT_INLINE const float* tile_inputs(const float* row, int64_t tile, int64_t k, float (&buffer)[kTileK]) {
-  const int64_t first = tile * kTileK, left = k - first;
-  if (left >= kTileK) return row + first;
-  for (int64_t i = 0; i < kTileK; ++i) buffer[i] = i < left ? row[first + i] : 0.0f;
-  return buffer;
+// f(tile, its 64 inputs) for every tile of a span. A ragged last one is copied and zero-padded.
+template <class F>
+LOWBIT_INLINE void for_tiles(const float* row, Range tiles, int64_t k, const F& f) {
+  const int64_t whole = least(tiles.end, k / kTileK);
+  int64_t t = tiles.begin;
+  for (; t < whole; ++t) f(t, row + t * kTileK);
+  if (t == tiles.end) return;
+  alignas(kAlign) float buffer[kTileK];
+  for (int64_t i = 0; i < kTileK; ++i) buffer[i] = t * kTileK + i < k ? row[t * kTileK + i] : 0.0f;
+  f(t, buffer);
 }
 
+// Asks for kLines lines of the memory that is read next: the core waits for a dozen lines at a time only, so that asking
+// must go on throughout.
+template <int kLines>
+LOWBIT_INLINE void ask_for(const float* ahead) {
+  unroll<kLines>([&](auto i) LOWBIT_LAMBDA { __builtin_prefetch(ahead + 16 * i); });
+}
+
+// ahead: what is read next, as long as half of the span.
 template <class S>
-LOWBIT_INLINE float max_magnitude(const float* row, Range tiles, int64_t k) {
+LOWBIT_INLINE float max_magnitude(const float* row, Range tiles, int64_t k, const float* ahead) {
   typename S::I32 top = S::zero_i32();
-  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-    alignas(kAlign) float buffer[kTileK];
-    const float* x = tile_inputs(row, t, k, buffer);
+  for_tiles(row, tiles, k, [&](int64_t t, const float* x) LOWBIT_LAMBDA {
+    ask_for<2>(ahead + (t - tiles.begin) * 32);
     unroll<4>([&](auto i) LOWBIT_LAMBDA { top = S::magnitude_max(top, S::load_f32(x + 16 * i)); });
-  }
+  });
   return bits_to_float(static_cast<uint32_t>(S::reduce_max(top)));  // NaN or infinity if the span holds any
 }
 
-// Span s of row m, whose greatest magnitude is known: NaN or infinity where it holds any. The row is in L1 by then;
-// the next one is asked for meanwhile.
-template <class S>
-LOWBIT_INLINE void quantize_span(const Job& job, int64_t m, int64_t s, const float* row, Range tiles,
-                                 float top) {
-  const int64_t at = m * job.w.spans() + s;
+// Span s of row m, whose greatest magnitude is known: NaN or infinity where it holds any. The row is in L1 by then.
+// ahead: what is read next, kLines lines for each tile of the span.
+template <class S, int kLines>
+LOWBIT_INLINE void quantize_span(const Job& job, int64_t m, int64_t s, const float* row, Range tiles, float top,
+                                 const float* ahead) {
+  const int64_t at = m * job.w.spans() + s, stride = job.act.tile_stride;
   const bool finite = top - top == 0.0f;
   const typename S::F32 inverse = S::set1(finite && top > kSmallestMax ? 127.0f / top : 0.0f);
-  const float* next = row + (m + 1 < job.m ? job.x_stride : 0);
   typename S::I32 sum = S::zero_i32();
-  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-    alignas(kAlign) float buffer[kTileK];
-    for (int64_t k = t * kTileK; k < (t + 1) * kTileK; k += 16) __builtin_prefetch(next + k);
-    sum = S::add(sum, S::round_store_tile(tile_inputs(row, t, job.w.k, buffer), inverse, job.act.at(m, t)));
-  }
+  int8_t* out = job.act.at(m, tiles.begin);
+  for_tiles(row, tiles, job.w.k, [&](int64_t t, const float* x) LOWBIT_LAMBDA {
+    ask_for<kLines>(ahead + (t - tiles.begin) * 16 * kLines);
+    sum = S::add(sum, S::round_store_tile(x, inverse, out));
+    out += stride;
+  });
   job.act.scale[at] = finite ? top / 127.0f : bits_to_float(0x7FC00000u);
   job.act.sum[at] = finite ? S::reduce_add(sum) : 0;
 }
@@ -61,10 +72,12 @@ void quantize_rows(const Job& job, Range rows) {
   const Matrix& w = job.w;
   const int64_t spans = w.spans(), span_tiles = w.span_tiles(), all_tiles = w.tiles_k();
   for (int64_t m = rows.begin; m < rows.end; ++m) {
-    const float* row = job.x + m * job.x_stride;
+    const float *row = job.x + m * job.x_stride, *next = m + 1 < rows.end ? row + job.x_stride : row;
     for (int64_t s = 0; s < spans; ++s) {
       const Range tiles{s * span_tiles, least((s + 1) * span_tiles, all_tiles)};
-      quantize_span<S>(job, m, s, row, tiles, max_magnitude<S>(row, tiles, w.k));
+      const float* ahead = next + tiles.begin * kTileK;
+      const float top = max_magnitude<S>(row, tiles, w.k, ahead);
+      quantize_span<S, 2>(job, m, s, row, tiles, top, ahead + tiles.size() * kTileK / 2);
     }
   }
 }
