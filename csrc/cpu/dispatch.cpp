@@ -23,6 +23,7 @@ struct Table {
       amx.large = kAmxPanels[i];
       if (kVbmiLookups[i] != nullptr) amx.small_lookup = kVbmiLookups[i];
     }
+    set[static_cast<int>(Isa::kAmx)][0].small_short = kVbmiShort;
 #elif defined(LOWBIT_ARM)
     fill(Isa::kNeon, kNeonKernels);
 #endif

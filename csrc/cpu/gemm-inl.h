@@ -53,24 +53,26 @@ void unpack_piece(const Matrix& w, const Piece& piece, int64_t block, int blocks
   }
 }
 
-// total[m][n] = sum over `count` rows of 4 inputs of operand * q, exact in int32.
+// total[m][n] = sum over `count` rows of 4 inputs of operand * q, exact in int32. w: row 0 of each block, the next ones
+// `stride` bytes apart.
 template <class S, Operand kOperand, int kM, int kN>
-LOWBIT_INLINE void dot_panel(const uint8_t* panel, int64_t stride, const int8_t* const (&x)[kM],
+LOWBIT_INLINE void dot_panel(const uint8_t* const (&w)[kN], int64_t stride, const int8_t* const (&x)[kM],
                              int64_t first, int64_t count, typename S::I32 (&total)[kM][kN]) {
   unroll<kM * kN>([&](auto c) LOWBIT_LAMBDA { total[c / kN][c % kN] = S::zero_i32(); });
   for (int64_t r = first; r < first + count; ++r) {
-    typename S::Bytes w[kN];
-    unroll<kN>([&](auto n) LOWBIT_LAMBDA { w[n] = S::load(panel + r * stride + n * kVectorBytes); });
+    typename S::Bytes operand[kN];
+    unroll<kN>([&](auto n) LOWBIT_LAMBDA { operand[n] = S::load(w[n] + r * stride); });
     unroll<kM>([&](auto m) LOWBIT_LAMBDA {
       const typename S::X4 four = S::broadcast4(x[m] + 4 * r);
       unroll<kN>([&](auto n)
-                     LOWBIT_LAMBDA { total[m][n] = S::template dot<kOperand>(total[m][n], w[n], four); });
+                     LOWBIT_LAMBDA { total[m][n] = S::template dot<kOperand>(total[m][n], operand[n], four); });
     });
   }
 }
 
-// kM rows x kN blocks over one piece. waiting: [kM][kN] sums of the pieces before, in this span.
-template <class S, Operand kOperand, int kM, int kN>
+// kM rows x kN blocks over one piece. panel: its weights, unpacked; null where they are bytes and are read where they lie.
+// waiting: [kM][kN] sums of the pieces before, in this span.
+template <class S, Operand kOperand, bool kInPlace, int kM, int kN>
 void multiply_piece(const Job& job, const Cell<kM, kN>& cell, const Piece& piece, const uint8_t* panel,
                     typename S::I32* waiting) {
   const Matrix& w = job.w;
@@ -79,6 +81,8 @@ void multiply_piece(const Job& job, const Cell<kM, kN>& cell, const Piece& piece
   const int32_t b = kOperand == Operand::kCode ? w.b : -128;
   const int8_t* x[kM];
   for (int m = 0; m < kM; ++m) x[m] = cell.x[m] + piece.tile * kTileK;
+  const uint8_t* from[kN];
+  for (int n = 0; n < kN; ++n) from[n] = kInPlace ? cell.w[n] + piece.tile * tile_bytes(8) : panel + n * kVectorBytes;
   typename S::F32 y[kM][kN];
   load_cell<S, kM, kN>(job, cell, piece.spans.begin == 0 || !piece.last, y);
 
@@ -86,8 +90,8 @@ void multiply_piece(const Job& job, const Cell<kM, kN>& cell, const Piece& piece
     const int64_t begin = piece.first ? s * span_tiles - piece.tile : 0;
     const int64_t tiles = piece.first ? least(span_tiles, piece.tiles - begin) : piece.tiles;
     typename S::I32 total[kM][kN];
-    dot_panel<S, kOperand, kM, kN>(panel, kN * kVectorBytes, x, begin * kRowsOfTile, tiles * kRowsOfTile,
-                                   total);
+    dot_panel<S, kOperand, kM, kN>(from, (kInPlace ? 1 : kN) * kVectorBytes, x, begin * kRowsOfTile,
+                                   tiles * kRowsOfTile, total);
     if (!piece.first) {
       unroll<kM * kN>(
           [&](auto c) LOWBIT_LAMBDA { total[c / kN][c % kN] = S::add(total[c / kN][c % kN], waiting[c]); });
@@ -118,6 +122,7 @@ template <class S, int kBits, bool kLookup>
 void int8_large(const Job& job, Range blocks, Range all_rows, uint8_t* scratch) {
   constexpr int kM = S::kPanelRows, kN = S::kPanelBlocks;
   constexpr Operand kOperand = S::operand(kBits, kLookup);
+  constexpr bool kInPlace = kBits == 8 && kOperand == Operand::kOffset;  // then a code of 8 bits is its operand
   static_assert(sizeof(typename S::I32) == kVectorBytes, "16 outputs");
   auto* waiting = reinterpret_cast<typename S::I32*>(scratch + kN * kPieceTiles * tile_bytes(8));
   for (int64_t first = all_rows.begin; first < all_rows.end; first += kRowsAtATime) {
@@ -125,11 +130,12 @@ void int8_large(const Job& job, Range blocks, Range all_rows, uint8_t* scratch) 
     for (int64_t block = blocks.begin; block < blocks.end; block += kN) {
       const int count = static_cast<int>(least(kN, blocks.end - block));
       for_each_piece(job.w, [&](const Piece& piece) {
-        unpack_piece<S, kBits, kLookup>(job.w, piece, block, count, scratch);
+        if constexpr (!kInPlace) unpack_piece<S, kBits, kLookup>(job.w, piece, block, count, scratch);
         Cell<kM, kN> cell;
+        for (int n = 0; n < kN; ++n) cell.w[n] = job.w.tiles + (block + least(n, count - 1)) * job.w.block_bytes();
         for (int64_t m = rows.begin; m < rows.end; m += kM) {
           place(cell, job, block, count, m, static_cast<int>(least(kM, rows.end - m)));
-          multiply_piece<S, kOperand, kM, kN>(job, cell, piece, scratch, waiting + (m - rows.begin) * kN);
+          multiply_piece<S, kOperand, kInPlace, kM, kN>(job, cell, piece, scratch, waiting + (m - rows.begin) * kN);
         }
       });
     }

@@ -17,6 +17,8 @@ constexpr int64_t kRowUnit = 32;  // rows that a member gets are a multiple of i
 // Up to this much the caller prepares alone: a barrier costs more than the work.
 constexpr int64_t kSerialPrepare = 1 << 14;  // activations
 
+constexpr int64_t kShortSpan = 256;  // inputs
+
 constexpr int64_t round_up(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
 
 // Memory that a thread keeps between calls.
@@ -50,14 +52,16 @@ Grid by_outputs(int members, int64_t column_units, int64_t row_units) {
   return {columns, static_cast<int>(rows < row_units ? rows : row_units)};
 }
 
-// Or rows alone, so that a member finds the activations that it prepared in its own cache, at the price of reading all
-// weights. Measured with tile kernels: worth it where the products of a member's rows take longer than the weights (with
-// 128 rows they do at any width), or the weights are few beside the activations.
+// Or rows alone, so that a member finds the activations that it prepared in its own cache, at the price of reading (and
+// unpacking) all weights. Measured: worth it for tile kernels where the products of a member's rows take longer than the
+// weights (with 128 rows they do at any width), or the weights are few beside the activations; for the panel kernel where
+// a member has few outputs.
 bool by_rows(const Job& job, const LinearPlan& plan, int members) {
   const Matrix& w = job.w;
   const int64_t rows = job.m / members, weights = w.blocks() * w.block_bytes();
-  return plan.form.tiled && rows >= kRowUnit &&
-         (rows >= (w.bits < 4 ? 32 * w.bits : 128) || weights <= 4 * job.m * w.k);
+  if (!plan.large || rows < kRowUnit) return false;
+  if (!plan.form.tiled) return w.n <= 2 * job.m;
+  return rows >= (w.bits < 4 ? 32 * w.bits : 128) || weights <= 4 * job.m * w.k;
 }
 
 Grid grid(const Job& job, const LinearPlan& plan, int members) {
@@ -94,10 +98,12 @@ LinearPlan plan_linear(const Matrix& w, int64_t m, Compute compute) {
   } else if (large) {
     plan.kernel = w.lookup ? set.large.lookup : set.large.affine;
   } else {
-    plan.kernel = w.lookup ? set.small_lookup : set.small;
+    const Kernel affine = w.span <= kShortSpan && set.small_short != nullptr ? set.small_short : set.small;
+    plan.kernel = w.lookup ? set.small_lookup : affine;
   }
   plan.quantize = set.quantize;
   plan.form = {w.k, w.span, exact, large && set.large.tiled};
+  plan.large = large;
   plan.m = m;
   plan.column_unit = large ? set.large.blocks : 4;  // small: as many streams as any kernel reads at once
   if (large) {

@@ -62,6 +62,7 @@ struct Panel {
 // The kernels of one instruction set and bit width.
 struct KernelSet {
   Kernel small, small_lookup;  // weights unpacked in the inner loop: M = 1 and small M
+  Kernel small_short;          // in place of small where spans are short; null: nothing is better
   Panel large;
   Kernel exact;  // fp32 activations
   Quantizer quantize;
@@ -88,6 +89,7 @@ struct LinearPlan {
   int64_t column_unit;  // blocks: what a member gets is a multiple of it
   int64_t scratch;      // bytes a member
   int threads;          // that are worth waking for this call alone
+  bool large;           // a kernel for many rows
   bool activates;       // heeds Job::activation
 };
 
