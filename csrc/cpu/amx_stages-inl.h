@@ -157,6 +157,9 @@ class Folder {
     sx_ = job_.act.scale + at;
     sum_ = job_.act.sum + at;
     y_ = job_.y + s.row * job_.y_stride + s.block * kTileN;
+    if (s.block == block_ && s.span == span_) return;  // as for the rows before
+    block_ = s.block;
+    span_ = s.span;
     for (int j = 0; j < 2; ++j) {
       const int64_t block = least(s.block + j, w.blocks() - 1);
       Avx512::store_f32(scale_[j], Avx512::load_half(w.scales + (block * spans_ + s.span) * kTileN), kTileN);
@@ -229,7 +232,8 @@ class Folder {
 
   const Job& job_;
   const int64_t rows_end_, spans_;
-  int64_t done_ = 0, left_ = 0;  // rows
+  int64_t done_ = 0, left_ = 0;     // rows
+  int64_t block_ = -1, span_ = -1;  // whose scales, bias and masks these are
   Fold fold_ = nullptr;
   const uint8_t* c_ = nullptr;
   uint8_t* sums_ = nullptr;

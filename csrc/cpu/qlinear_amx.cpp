@@ -135,7 +135,11 @@ class Product {
     folder_.step(kPairRows);
     step(std::true_type(), 0);
     if (!carry && before_.last) folder_.start(before_);
-    const int64_t quota = ceil_div(kPairRows, tiles);
+    if (tiles != quota_tiles_) {  // a division spared
+      quota_tiles_ = tiles;
+      quota_ = ceil_div(kPairRows, tiles);
+    }
+    const int64_t quota = quota_;
     for (int64_t t = 1; t < tiles; ++t) {
       step(std::false_type(), t);
       folder_.step(quota);
@@ -163,7 +167,8 @@ class Product {
   Unpacker<kBits> unpacker_;
   Folder<kCodes> folder_;
   Prefetcher prefetcher_;
-  Segment before_{};  // its accumulators are still in registers
+  int64_t quota_tiles_ = 0, quota_ = 0;  // rows to fold in each of so many steps
+  Segment before_{};                     // its accumulators are still in registers
 };
 
 int64_t rows_at_a_time(const Matrix& w) {
