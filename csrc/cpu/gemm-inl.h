@@ -64,8 +64,9 @@ LOWBIT_INLINE void dot_panel(const uint8_t* const (&w)[kN], int64_t stride, cons
     unroll<kN>([&](auto n) LOWBIT_LAMBDA { operand[n] = S::load(w[n] + r * stride); });
     unroll<kM>([&](auto m) LOWBIT_LAMBDA {
       const typename S::X4 four = S::broadcast4(x[m] + 4 * r);
-      unroll<kN>([&](auto n)
-                     LOWBIT_LAMBDA { total[m][n] = S::template dot<kOperand>(total[m][n], operand[n], four); });
+      unroll<kN>([&](auto n) LOWBIT_LAMBDA {
+        total[m][n] = S::template dot<kOperand>(total[m][n], operand[n], four);
+      });
     });
   }
 }
@@ -82,7 +83,8 @@ void multiply_piece(const Job& job, const Cell<kM, kN>& cell, const Piece& piece
   const int8_t* x[kM];
   for (int m = 0; m < kM; ++m) x[m] = cell.x[m] + piece.tile * kTileK;
   const uint8_t* from[kN];
-  for (int n = 0; n < kN; ++n) from[n] = kInPlace ? cell.w[n] + piece.tile * tile_bytes(8) : panel + n * kVectorBytes;
+  for (int n = 0; n < kN; ++n)
+    from[n] = kInPlace ? cell.w[n] + piece.tile * tile_bytes(8) : panel + n * kVectorBytes;
   typename S::F32 y[kM][kN];
   load_cell<S, kM, kN>(job, cell, piece.spans.begin == 0 || !piece.last, y);
 
@@ -122,7 +124,8 @@ template <class S, int kBits, bool kLookup>
 void int8_large(const Job& job, Range blocks, Range all_rows, uint8_t* scratch) {
   constexpr int kM = S::kPanelRows, kN = S::kPanelBlocks;
   constexpr Operand kOperand = S::operand(kBits, kLookup);
-  constexpr bool kInPlace = kBits == 8 && kOperand == Operand::kOffset;  // then a code of 8 bits is its operand
+  constexpr bool kInPlace =
+      kBits == 8 && kOperand == Operand::kOffset;  // then a code of 8 bits is its operand
   static_assert(sizeof(typename S::I32) == kVectorBytes, "16 outputs");
   auto* waiting = reinterpret_cast<typename S::I32*>(scratch + kN * kPieceTiles * tile_bytes(8));
   for (int64_t first = all_rows.begin; first < all_rows.end; first += kRowsAtATime) {
@@ -132,10 +135,22 @@ void int8_large(const Job& job, Range blocks, Range all_rows, uint8_t* scratch) 
       for_each_piece(job.w, [&](const Piece& piece) {
         if constexpr (!kInPlace) unpack_piece<S, kBits, kLookup>(job.w, piece, block, count, scratch);
         Cell<kM, kN> cell;
-        for (int n = 0; n < kN; ++n) cell.w[n] = job.w.tiles + (block + least(n, count - 1)) * job.w.block_bytes();
+        for (int n = 0; n < kN; ++n)
+          cell.w[n] = job.w.tiles + (block + least(n, count - 1)) * job.w.block_bytes();
+        // Each group of rows asks for its part of the next piece, which is fetched to L2 meanwhile.
+        const bool ends = piece.tile + piece.tiles == job.w.tiles_k();
+        const int64_t bytes = piece.tiles * tile_bytes(kBits);
+        const int64_t next =
+            (piece.tile + piece.tiles) * tile_bytes(kBits) + (ends ? (kN - 1) * job.w.block_bytes() : 0);
+        const int64_t quota = ceil_div(bytes, ceil_div(rows.size(), kM) * kVectorBytes) * kVectorBytes;
+        int64_t asked = 0;
         for (int64_t m = rows.begin; m < rows.end; m += kM) {
+          for (const int64_t end = least(asked + quota, bytes); asked < end; asked += kVectorBytes) {
+            unroll<kN>([&](auto n) LOWBIT_LAMBDA { __builtin_prefetch(cell.w[n] + next + asked, 0, 2); });
+          }
           place(cell, job, block, count, m, static_cast<int>(least(kM, rows.end - m)));
-          multiply_piece<S, kOperand, kInPlace, kM, kN>(job, cell, piece, scratch, waiting + (m - rows.begin) * kN);
+          multiply_piece<S, kOperand, kInPlace, kM, kN>(job, cell, piece, scratch,
+                                                        waiting + (m - rows.begin) * kN);
         }
       });
     }
