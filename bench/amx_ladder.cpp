@@ -142,6 +142,9 @@ void kernel(const char* name, int bits, int64_t m, int64_t n, int64_t k, int64_t
   job.act.row_stride = kTileK;
   job.act.tile_stride = 16 * kTileK;
   job.act.group_stride = 16 * tiles * kTileK;
+  for (int64_t i = 0; i < blocks * spans * kTileN; ++i)
+    reinterpret_cast<uint16_t*>(scales)[i] = 0x3C00;  // 1.0
+  for (int64_t i = 0; i < m * spans; ++i) job.act.scale[i] = 0.01f;
   const Panel& panel = kernels(Isa::kAmx, bits).large;
   auto* scratch = memory(panel.scratch_bytes(job));
   const double seconds = shortest([&] { panel.affine(job, {0, blocks}, {0, m}, scratch); });
