@@ -17,7 +17,7 @@ constexpr int64_t kRowUnit = 32;  // rows that a member gets are a multiple of i
 // Up to this much the caller prepares alone: a barrier costs more than the work.
 constexpr int64_t kSerialPrepare = 1 << 14;  // activations
 
-constexpr int64_t kShortSpan = 256;  // inputs
+constexpr int64_t kShortSpan = 256;  // inputs; measured at 128, where the gain is a quarter of the time
 
 constexpr int64_t round_up(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
 

@@ -51,8 +51,8 @@ LOWBIT_INLINE float max_magnitude(const float* row, Range tiles, int64_t k, cons
 // Span s of row m, whose greatest magnitude is known: NaN or infinity where it holds any. The row is in L1 by then.
 // ahead: what is read next, kLines lines for each tile of the span.
 template <class S, int kLines>
-LOWBIT_INLINE void quantize_span(const Job& job, int64_t m, int64_t s, const float* row, Range tiles, float top,
-                                 const float* ahead) {
+LOWBIT_INLINE void quantize_span(const Job& job, int64_t m, int64_t s, const float* row, Range tiles,
+                                 float top, const float* ahead) {
   const int64_t at = m * job.w.spans() + s, stride = job.act.tile_stride;
   const bool finite = top - top == 0.0f;
   const typename S::F32 inverse = S::set1(finite && top > kSmallestMax ? 127.0f / top : 0.0f);

@@ -23,8 +23,9 @@ struct Avx512Vbmi : Avx512 {
     // after as many entries as codes have values) tells it apart.
     const Bytes count = load(index);
     Lut lut;
-    unroll<6>([&](auto bit)
-                  LOWBIT_LAMBDA { lut.at[bit] = _mm512_permutexvar_epi8(_mm512_srli_epi16(count, bit), table); });
+    unroll<6>([&](auto bit) LOWBIT_LAMBDA {
+      lut.at[bit] = _mm512_permutexvar_epi8(_mm512_srli_epi16(count, bit), table);
+    });
     return lut;
   }
 
