@@ -138,7 +138,7 @@ def test_crossover_of_least_time():
 def test_measures_keeps_and_does_not_measure_twice(monkeypatch, tmp_path, capsys, keep_crossovers):
     monkeypatch.setattr(tune, "ROWS", (1, 4))
     monkeypatch.setattr(tune, "SHAPES", ((64, 64),))
-    monkeypatch.setattr(tune, "EFFORT", tune.Effort(1e-5, 1, 1, 0.0))
+    monkeypatch.setattr(tune, "EFFORT", tune.Effort(warm=0, sample=1e-5, min_rounds=1, max_rounds=1, total=0))
     isa, path = available_isas()[-1], tmp_path / "x.json"
     assert tune.main(["--isa", isa, "--out", str(path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

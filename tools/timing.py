@@ -10,7 +10,7 @@ from dataclasses import dataclass
 Call = Callable[[], object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Effort:
     """How long to measure: seconds before a sample and in one, rounds at least and at most, seconds for all rounds.
 
