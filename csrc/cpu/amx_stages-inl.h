@@ -70,30 +70,6 @@ struct Scratch {
       : b(at), c(at + 2 * kChunkTiles * kTileBytes), sums(c + pairs * kPairBytes) {}
 };
 
-// Brings the packed bytes of the next chunk to L2 while this one is multiplied, or unpacking would wait for them.
-class Prefetcher {
- public:
-  // blocks: 1 or 2. steps: how often step() will be called.
-  void start(const Matrix& w, const Chunk& chunk, int blocks, int64_t steps) {
-    at_ = packed(w, chunk, 0, blocks);
-    stride_ = (blocks - 1) * w.block_bytes();
-    left_ = chunk.tiles * vectors_per_tile(w.bits);
-    quota_ = ceil_div(left_, steps);
-  }
-  LOWBIT_INLINE void step() {
-    const int64_t quota = least(quota_, left_);
-    left_ -= quota;
-    for (const uint8_t* end = at_ + quota * kVectorBytes; at_ < end; at_ += kVectorBytes) {
-      _mm_prefetch(at_, _MM_HINT_T1);
-      _mm_prefetch(at_ + stride_, _MM_HINT_T1);
-    }
-  }
-
- private:
-  const uint8_t* at_ = nullptr;
-  int64_t stride_ = 0, left_ = 0, quota_ = 0;  // lines of a block
-};
-
 // Unpacks a chunk to signed levels.
 template <int kBits>
 class Unpacker {

@@ -137,17 +137,16 @@ void int8_large(const Job& job, Range blocks, Range all_rows, uint8_t* scratch) 
         Cell<kM, kN> cell;
         for (int n = 0; n < kN; ++n)
           cell.w[n] = job.w.tiles + (block + least(n, count - 1)) * job.w.block_bytes();
-        // Each group of rows asks for its part of the next piece, which is fetched to L2 meanwhile.
-        const bool ends = piece.tile + piece.tiles == job.w.tiles_k();
-        const int64_t bytes = piece.tiles * tile_bytes(kBits);
-        const int64_t next =
-            (piece.tile + piece.tiles) * tile_bytes(kBits) + (ends ? (kN - 1) * job.w.block_bytes() : 0);
-        const int64_t quota = ceil_div(bytes, ceil_div(rows.size(), kM) * kVectorBytes) * kVectorBytes;
-        int64_t asked = 0;
+        // Each group of rows asks for its part of the next piece.
+        const int64_t after = piece.tile + piece.tiles;
+        const bool ends = after == job.w.tiles_k();
+        const uint8_t* next = job.w.tiles + (block + (ends ? kN : 0)) * job.w.block_bytes() +
+                              (ends ? 0 : after) * tile_bytes(kBits);
+        Prefetcher<kN> prefetcher;
+        prefetcher.start(next, job.w.block_bytes(), piece.tiles * Packed<S, kBits, kLookup>::kPerTile,
+                         ceil_div(rows.size(), kM));
         for (int64_t m = rows.begin; m < rows.end; m += kM) {
-          for (const int64_t end = least(asked + quota, bytes); asked < end; asked += kVectorBytes) {
-            unroll<kN>([&](auto n) LOWBIT_LAMBDA { __builtin_prefetch(cell.w[n] + next + asked, 0, 2); });
-          }
+          prefetcher.step();
           place(cell, job, block, count, m, static_cast<int>(least(kM, rows.end - m)));
           multiply_piece<S, kOperand, kInPlace, kM, kN>(job, cell, piece, scratch,
                                                         waiting + (m - rows.begin) * kN);

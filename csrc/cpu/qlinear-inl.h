@@ -46,6 +46,31 @@ struct Packed {
   }
 };
 
+// Brings the packed weights of kBlocks blocks that are multiplied next to L2, a few lines at a time beside the products
+// of those before, or unpacking would wait for them.
+template <int kBlocks>
+class Prefetcher {
+ public:
+  // stride: bytes between the blocks. lines: of a block. steps: how often step() will be called.
+  void start(const uint8_t* at, int64_t stride, int64_t lines, int64_t steps) {
+    at_ = at;
+    stride_ = stride;
+    left_ = lines;
+    quota_ = ceil_div(lines, steps);
+  }
+  LOWBIT_INLINE void step() {
+    const int64_t quota = least(quota_, left_);
+    left_ -= quota;
+    for (const uint8_t* end = at_ + quota * kVectorBytes; at_ < end; at_ += kVectorBytes) {
+      unroll<kBlocks>([&](auto n) LOWBIT_LAMBDA { __builtin_prefetch(at_ + n * stride_, 0, 2); });
+    }
+  }
+
+ private:
+  const uint8_t* at_ = nullptr;
+  int64_t stride_ = 0, left_ = 0, quota_ = 0;  // lines of a block
+};
+
 // kM rows x kN blocks of the output: where their operands are.
 template <int kM, int kN>
 struct Cell {

