@@ -13,37 +13,54 @@
 namespace lowbit {
 namespace {
 
-constexpr int64_t kPrefetch = 2048;  // bytes ahead; from 1 to 4 KiB measured alike
+// Bytes that are asked for ahead: into L1, and before that, where weights come from memory, into L2, which holds no fill
+// buffer of L1 while memory answers.
+constexpr int64_t kPrefetch = 2048, kPrefetchFar = 3072;
+constexpr int64_t kNear =
+    1 << 21;  // a thread's weights below this size may be in L2, where asking twice costs 5 to 25 %
+constexpr int64_t kRun = 1 << 16;  // bytes that a stream reads on end, several blocks where they are shorter
+constexpr int kMemoryRows =
+    2;  // with more rows than these, multiplying takes as long as memory: none of this helps
 
-// kM rows of activations against kN neighbouring blocks of 16 outputs: kN streams through memory.
-template <class S, class Source, int kM, int kN>
+// kM rows of activations against kN blocks of 16 outputs: kN streams through memory. kTwice: asked for twice.
+template <class S, class Source, int kM, int kN, bool kTwice>
 struct Strip {
   static constexpr int kP = Source::kPositions;
   static constexpr int kA = S::kAccumulators < kM * kN ? 1 : S::kAccumulators / (kM * kN);
   static constexpr int kVectors = kA > kP ? kA / kP : 1;  // in flight
   static constexpr int kBytes = tile_bytes(Source::kBits);
 
+  // Stream n is at block + n * apart; those from `end` on do not exist: they repeat the last one and are not stored.
+  struct Place {
+    int64_t block, apart, end;
+    int64_t skip;  // blocks that a stream leaves out before its next one
+
+    int64_t of(int64_t n) const { return block + n * apart; }
+  };
+
   const int8_t* x[kM];
   int64_t row[kM];  // clamped: rows that do not exist repeat the last one and are not stored
   int rows;
 
-  // total[m][n] = sum over tiles [begin, end) of operand * q, exact in int32.
+  // total[m][n] = sum over tiles [begin, end) of operand * q, exact in int32. skip: bytes, see Place.
   LOWBIT_INLINE void dot(const uint8_t* const (&w)[kN], int64_t begin, int64_t end, int64_t block_bytes,
-                         const typename S::Lut& lut, typename S::I32 (&total)[kM][kN]) const {
+                         int64_t skip, const typename S::Lut& lut, typename S::I32 (&total)[kM][kN]) const {
     typename S::I32 acc[kM][kN][kA];
     unroll<kM * kN * kA>([&](auto i)
                              LOWBIT_LAMBDA { acc[i / (kN * kA)][i / kA % kN][i % kA] = S::zero_i32(); });
     const int64_t last = end * kBytes;
     int64_t at = begin * kBytes, k = begin * kTileK;
-    // Where a stream leaves its block it goes on kN blocks further; hardware prefetchers cannot know that.
-    const int64_t turn = block_bytes - kPrefetch, jump = kPrefetch + (kN - 1) * block_bytes;
+    // Where a stream leaves its block it may skip others; hardware prefetchers cannot know that.
+    const int64_t turn = block_bytes - kPrefetch, jump = kPrefetch + skip;
+    const int64_t far_turn = block_bytes - kPrefetchFar, far_jump = kPrefetchFar + skip;
     do {
-      const int64_t ahead = at < turn ? kPrefetch : jump;
+      const int64_t ahead = at < turn ? kPrefetch : jump, far_ahead = at < far_turn ? kPrefetchFar : far_jump;
       unroll<kVectors>([&](auto v) LOWBIT_LAMBDA {
         typename S::Bytes raw[kN];
         unroll<kN>([&](auto n) LOWBIT_LAMBDA {
           const uint8_t* from = w[n] + at + v * kVectorBytes;
           __builtin_prefetch(from + ahead);
+          if constexpr (kTwice) __builtin_prefetch(from + far_ahead, 0, 2);
           raw[n] = S::load(from);
         });
         unroll<kP>([&](auto i) LOWBIT_LAMBDA {
@@ -84,8 +101,7 @@ struct Strip {
     return a[0];
   }
 
-  // Blocks [block, block + blocks); those up to kN that do not exist repeat the last one and are not stored.
-  LOWBIT_INLINE void multiply(const Job& job, int64_t block, int blocks, const typename S::Lut& lut) const {
+  LOWBIT_INLINE void multiply(const Job& job, const Place& place, const typename S::Lut& lut) const {
     const Matrix& w = job.w;
     const int64_t spans = w.spans(), span_tiles = w.span_tiles(), tiles = w.tiles_k();
     const int32_t a = Source::kOperand == Operand::kCode ? w.a : 1;
@@ -94,7 +110,7 @@ struct Strip {
     const uint16_t* scales[kN];
     typename S::F32 y[kM][kN];
     unroll<kN>([&](auto n) LOWBIT_LAMBDA {
-      const int64_t at = block + least(n, blocks - 1);
+      const int64_t at = least(place.of(n), place.end - 1);
       weights[n] = w.tiles + at * w.block_bytes();
       scales[n] = w.scales + at * spans * kTileN;
       const typename S::F32 bias = load_bias<S>(job, at);
@@ -102,10 +118,11 @@ struct Strip {
     });
     for (int64_t s = 0; s < spans; ++s) {
       typename S::I32 total[kM][kN];
-      dot(weights, s * span_tiles, least(tiles, (s + 1) * span_tiles), w.block_bytes(), lut, total);
+      dot(weights, s * span_tiles, least(tiles, (s + 1) * span_tiles), w.block_bytes(),
+          place.skip * w.block_bytes(), lut, total);
       typename S::F32 scale[kN];
       unroll<kN>([&](auto n) LOWBIT_LAMBDA {
-        __builtin_prefetch(scales[n] + (s + kN * spans) * kTileN);  // this stream's next block
+        __builtin_prefetch(scales[n] + (s + (1 + place.skip) * spans) * kTileN);  // this stream's next block
         scale[n] = S::load_half(scales[n] + s * kTileN);
       });
       unroll<kM>([&](auto m) LOWBIT_LAMBDA {
@@ -122,8 +139,8 @@ struct Strip {
     }
     unroll<kM * kN>([&](auto c) LOWBIT_LAMBDA {
       constexpr int m = decltype(c)::value / kN, n = decltype(c)::value % kN;
-      if (m >= rows || n >= blocks) return;
-      const int64_t first = (block + n) * kTileN;
+      if (m >= rows || place.of(n) >= place.end) return;
+      const int64_t first = place.of(n) * kTileN;
       S::store_f32(job.y + row[m] * job.y_stride + first, y[m][n],
                    static_cast<int>(least(kTileN, w.n - first)));
     });
@@ -136,10 +153,28 @@ struct Strip {
       strip.row[m] = first + least(m, rows - 1);
       strip.x[m] = job.act.at(strip.row[m], 0);
     }
-    for (int64_t block = blocks.begin; block < blocks.end; block += kN)
-      strip.multiply(job, block, static_cast<int>(least(kN, blocks.end - block)), lut);
+    const int64_t fitting = kRun / job.w.block_bytes(), run = kM <= kMemoryRows && fitting > 1 ? fitting : 1;
+    for (int64_t block = blocks.begin; block < blocks.end; block += kN * run) {
+      const int64_t apart = least(run, ceil_div(blocks.end - block, kN));
+      for (int64_t i = 0; i < apart; ++i) {
+        const int64_t skip = i + 1 < apart ? 0 : (kN - 1) * apart;
+        strip.multiply(job, {block + i, apart, blocks.end, skip}, lut);
+      }
+    }
   }
 };
+
+template <class S, class Source, int kM>
+void strips(const Job& job, Range blocks, int64_t first, int rows, const typename S::Lut& lut) {
+  constexpr int kN = S::blocks(kM, Source::kPositions);
+  if constexpr (kM <= kMemoryRows && Source::kBits > 1) {  // at 1 bit a line takes long enough to multiply
+    if (blocks.size() * job.w.block_bytes() >= kNear) {
+      Strip<S, Source, kM, kN, true>::run(job, blocks, first, rows, lut);
+      return;
+    }
+  }
+  Strip<S, Source, kM, kN, false>::run(job, blocks, first, rows, lut);
+}
 
 constexpr int64_t kBlocksAtATime = 4;  // their packed weights stay in L2 while all rows pass
 
@@ -154,14 +189,13 @@ void int8_small(const Job& job, Range blocks, Range rows, uint8_t* /*scratch*/) 
     for (int64_t m = rows.begin; m < rows.end; m += S::kMaxRows) {
       const int count = static_cast<int>(least(rows.end - m, S::kMaxRows));
       if (count == 1) {
-        Strip<S, Source, 1, S::blocks(1, Source::kPositions)>::run(job, some, m, count, lut);
+        strips<S, Source, 1>(job, some, m, count, lut);
       } else if (count == 2) {
-        Strip<S, Source, 2, S::blocks(2, Source::kPositions)>::run(job, some, m, count, lut);
+        strips<S, Source, 2>(job, some, m, count, lut);
       } else if (count <= 4 || S::kMaxRows == 4) {
-        Strip<S, Source, 4, S::blocks(4, Source::kPositions)>::run(job, some, m, count, lut);
+        strips<S, Source, 4>(job, some, m, count, lut);
       } else {
-        Strip<S, Source, S::kMaxRows, S::blocks(S::kMaxRows, Source::kPositions)>::run(job, some, m, count,
-                                                                                       lut);
+        strips<S, Source, S::kMaxRows>(job, some, m, count, lut);
       }
     }
   }
