@@ -30,9 +30,14 @@ class Bound:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """read: bytes/s by working set in bytes; peak: operations/s by name, a multiply-add counting two."""
+    """What the machine can do.
+
+    read: bytes/s by working set in bytes, by the fastest way known. one_stream: the same where every core reads one
+    stream. peak: operations/s by name, a multiply-add counting two.
+    """
 
     read: dict[int, float]
+    one_stream: dict[int, float]
     peak: dict[str, float]
     threads: int
 
@@ -42,14 +47,23 @@ class Ceilings:
         threads = {int(r["peak"]["threads"]) for r in runs}
         if len(threads) != 1:
             raise ValueError(f"probes with different numbers of threads: {sorted(threads)}")
-        read = {int(size): max(r["read"][size] for r in runs) for size in runs[0]["read"]}
+        read, one_stream = (
+            {int(size): max(r[name][size] for r in runs) for size in runs[0][name]} for name in ("read", "one_stream")
+        )
         peak = {name: max(r["peak"][name] for r in runs) for name in runs[0]["peak"] if name != "threads"}
-        return cls(read, peak, threads.pop())
+        return cls(read, one_stream, peak, threads.pop())
 
     def bandwidth(self, working_set: float) -> float:
         """Bytes a second for a working set of so many bytes: the measured size next to it, on a logarithmic scale."""
-        size = min(self.read, key=lambda s: abs(math.log2(s) - math.log2(max(working_set, 1))))
-        return self.read[size]
+        return self.read[self._size(working_set)]
+
+    def gain(self, working_set: float) -> float:
+        """How much faster the fastest way reads than one stream a core."""
+        size = self._size(working_set)
+        return self.read[size] / self.one_stream[size]
+
+    def _size(self, working_set: float) -> int:
+        return min(self.read, key=lambda s: abs(math.log2(s) - math.log2(max(working_set, 1))))
 
     def bound(self, nbytes: float, operations: float, working_set: float, isa: str) -> Bound:
         """The roofline: bytes over bandwidth, or operations over peak, whichever takes longer."""
@@ -75,7 +89,7 @@ def program(folder: Path) -> Path:
 
 
 def probe(folder: Path, seconds: float, threads: int) -> dict[str, Any]:
-    """One run of the probe: {"read": {bytes: bytes/s}, "peak": {name: operations/s, "threads": n}}."""
+    """One run of the probe: {"read" and "one_stream": {bytes: bytes/s}, "peak": {name: operations/s, "threads": n}}."""
     env = {**os.environ, "OMP_WAIT_POLICY": "active", "OMP_PROC_BIND": "true"}
     done = subprocess.run(
         [str(program(folder)), str(seconds), str(threads)], env=env, stdout=subprocess.PIPE, text=True, check=True

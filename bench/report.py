@@ -54,7 +54,12 @@ def load(path: str | Path) -> dict[str, Any]:
     ceilings = sibling("ceilings").Ceilings.from_runs(kinds["probe"])
     return {
         "run": kinds["run"][0],
-        "ceilings": {"read": ceilings.read, "peak": ceilings.peak, "threads": ceilings.threads},
+        "ceilings": {
+            "read": ceilings.read,
+            "one_stream": ceilings.one_stream,
+            "peak": ceilings.peak,
+            "threads": ceilings.threads,
+        },
         "cells": [evaluate(cell, ceilings) for cell in kinds["cell"]],
         "costs": kinds["cost"],
     }
@@ -65,9 +70,11 @@ def evaluate(cell: Row, ceilings: Any) -> Row:
     seconds = cell["us"] / 1e6
     moved = cell["nbytes"] + 4 * cell["m"] * (cell["n"] + cell["k"])
     bound = ceilings.bound(moved, cell["operations"], moved * cell["copies"], cell["isa"])
-    return cell | {
+    percent = 100 * bound.seconds / seconds
+    one_stream = {"percent_one_stream": percent * ceilings.gain(moved * cell["copies"])} if bound.by == "read" else {}
+    return cell | one_stream | {
         "gbps": cell["nbytes"] / seconds / 1e9, "tops": cell["operations"] / seconds / 1e12,
-        "bound": bound.by, "percent": 100 * bound.seconds / seconds,
+        "bound": bound.by, "percent": percent,
         "spread": 100 * (cell["us_high"] - cell["us_low"]) / cell["us"],
     }  # fmt: skip
 
@@ -124,6 +131,7 @@ def section(data: dict[str, Any]) -> str:
     read, peak = data["ceilings"]["read"], data["ceilings"]["peak"]
     plain = [c for c in cells if c["isa"] == run["isa"] and not (c["group"] or c["table"]) and c["compute"] == "int8"]
     bandwidths = ", ".join(f"{read[size] / 1e9:.0f} GB/s at {_size(size)}" for size in sorted(read)[::3])
+    one_stream = f"{data['ceilings']['one_stream'][max(read)] / 1e9:.0f} GB/s"
     peaks = ", ".join(f"{name} {value / 1e12:.2f}" for name, value in peak.items())
     subset = " A quick subset." if run["quick"] else ""
     head = (
@@ -131,7 +139,7 @@ def section(data: dict[str, Any]) -> str:
         f"ONNX Runtime {run['onnxruntime'] or 'absent'}.{subset} {METHOD} "
         f"{noise(cells)}"
     )
-    limits = f"Ceilings, both cores: reads {bandwidths}; TOP/s {peaks}."
+    limits = f"Ceilings, both cores: reads {bandwidths} ({one_stream} where each core reads one stream); TOP/s {peaks}."
     return (
         f"{fill(head, 120)}\n\n{fill(limits, 120)}\n\n"
         "### What was asked\n\n" + markdown(sibling("acceptance").rows(data)) + "\n### Decoding, M = 1\n\n"

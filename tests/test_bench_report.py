@@ -28,6 +28,7 @@ RUN = {"kind": "run", "processor": "P", "isa": "amx", "threads": 2, "torch": "2"
 PROBE = {
     "kind": "probe",
     "read": {"1048576": 100e9, "1073741824": 10e9},
+    "one_stream": {"1048576": 100e9, "1073741824": 8e9},
     "peak": {"threads": 2, "amx": 10e12, "vnni": 1e12},
 }
 
@@ -56,6 +57,7 @@ def test_rates_and_bounds(write):
     memory, arithmetic = report.load(write(RUN, PROBE, cell(cold=True), cell(m=256)))["cells"]
     # 8 MiB at 10 GB/s (the set of 100 copies is DRAM's) take 0.84 ms, x and y a little more.
     assert memory["bound"] == "read" and memory["percent"] == pytest.approx(84.2, abs=0.1)
+    assert memory["percent_one_stream"] == pytest.approx(memory["percent"] * 10 / 8)
     assert memory["gbps"] == pytest.approx(8.39, abs=0.01) and memory["spread"] == pytest.approx(20)
     # 8.6 G multiply-adds' worth of operations at 10 TOP/s.
     assert arithmetic["bound"] == "amx" and arithmetic["percent"] == pytest.approx(85.9, abs=0.1)
@@ -67,7 +69,7 @@ def test_a_ceiling_is_the_best_of_all_probes(write):
 
 
 def test_a_missing_peak_leaves_the_memory_bound():
-    limits = ceilings.Ceilings({1 << 20: 1e9}, {}, 1)
+    limits = ceilings.Ceilings({1 << 20: 1e9}, {1 << 20: 1e9}, {}, 1)
     assert limits.bound(1e6, 1e15, 1e6, "amx") == ceilings.Bound(1e-3, "read")
 
 
@@ -75,8 +77,10 @@ def test_acceptance_says_what_holds_what_fails_and_what_is_missing(write):
     costs = [{"kind": "cost", "id": "overhead", "us": 5.0}]
     rows = report.sibling("acceptance").rows(report.load(write(RUN, PROBE, cell(cold=True), *costs)))
     verdict = {row[0]: row[2:] for row in rows}
-    assert verdict["GEMV 4096 x 4096 cold, 4 bits: share of read bandwidth"] == ["84.2 %", "no"]
-    assert verdict["GEMV 4096 x 4096 cold, 4 bits: over torch fp32"] == ["8 times", "yes"]
+    what = "GEMV 4096 x 4096 cold, 4 bits"
+    assert verdict[f"{what}: share of the fastest way to read"] == ["84.2 %", "no"]
+    assert verdict[f"{what}: share of what one stream a core reads"] == ["105 %", "yes"]
+    assert verdict[f"{what}: over torch fp32"] == ["8 times", "yes"]
     assert verdict["GEMV 4096 x 4096 cold, 1 bits: over torch fp32"] == ["not measured", ""]
     assert verdict["call overhead over the native kernel"] == ["5.00 us", "no"]
 
