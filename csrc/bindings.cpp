@@ -69,6 +69,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(isa_name(selected_isa())); });
   m.def("set_isa", &set_isa);
   m.def("available_isas", &available_isas);
+  m.def("has_vbmi", &has_vbmi);
+  m.def("traits", [] {
+    const Traits now = traits();
+    return py::dict(py::arg("vbmi") = now.vbmi, py::arg("requests_weights") = now.requests_weights);
+  });
+  m.def(
+      "set_traits", [](bool vbmi, bool requests_weights) { set_traits({vbmi, requests_weights}); },
+      py::arg("vbmi"), py::arg("requests_weights"));
   m.def("kernel_name", [](int bits, int64_t rows, bool exact) {
     return kernel_name(selected_isa(), bits, rows, exact ? Compute::kExact : Compute::kInt8);
   });

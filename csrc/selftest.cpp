@@ -237,6 +237,7 @@ void test_case(const Case& c, std::vector<Tally>& tallies) {
   const std::vector<std::string> isas = available_isas();
   const int threads = 1 + below(3);
   set_max_threads(threads);
+  set_traits({has_vbmi() && below(2) == 0, below(2) == 0});
   if (!dequantizes(problem)) {
     std::printf("wrong dequantized row: bits %d N %d K %d group %d\n", c.bits, c.n, c.k, c.group);
     ++tallies[0].failed;

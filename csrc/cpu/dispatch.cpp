@@ -12,18 +12,16 @@ constexpr int log2_bits(int bits) { return bits == 1 ? 0 : bits == 2 ? 1 : bits 
 struct Table {
   KernelSet set[kIsaCount][4] = {};  // an entry of an absent instruction set stays null and is never reached
 
-  Table() {
+  explicit Table(bool vbmi) {
     fill(Isa::kScalar, kScalarKernels);
 #if defined(LOWBIT_X86)
     fill(Isa::kAvx2, kAvx2Kernels);
     fill(Isa::kAvx512, kAvx512Kernels);
     fill(Isa::kAmx, kAvx512Kernels);
-    for (int i = 0; i < 4; ++i) {
-      KernelSet& amx = set[static_cast<int>(Isa::kAmx)][i];
-      amx.large = kAmxPanels[i];
-      if (kVbmiLookups[i] != nullptr) amx.small_lookup = kVbmiLookups[i];
+    for (int i = 0; i < 4; ++i) set[static_cast<int>(Isa::kAmx)][i].large = kAmxPanels[i];
+    for (const Isa isa : {Isa::kAvx512, Isa::kAmx}) {
+      if (vbmi) use_vbmi(set[static_cast<int>(isa)]);
     }
-    set[static_cast<int>(Isa::kAmx)][0].small_short = kVbmiShort;
 #elif defined(LOWBIT_ARM)
     fill(Isa::kNeon, kNeonKernels);
 #endif
@@ -31,6 +29,14 @@ struct Table {
   void fill(Isa isa, const KernelSet (&from)[4]) {
     for (int i = 0; i < 4; ++i) set[static_cast<int>(isa)][i] = from[i];
   }
+#if defined(LOWBIT_X86)
+  static void use_vbmi(KernelSet (&to)[4]) {
+    for (int i = 0; i < 4; ++i) {
+      if (kVbmiLookups[i] != nullptr) to[i].small_lookup = kVbmiLookups[i];
+      to[i].small_short = kVbmiShorts[i];
+    }
+  }
+#endif
 };
 
 std::atomic<int>& crossover_of(Isa isa, int bits) {
@@ -48,11 +54,13 @@ std::atomic<int>& crossover_of(Isa isa, int bits) {
 }  // namespace
 
 const KernelSet& kernels(Isa isa, int bits) {
-  static const Table table;
-  return table.set[static_cast<int>(isa)][log2_bits(bits)];
+  static const Table tables[] = {Table(false), Table(true)};
+  return tables[traits().vbmi].set[static_cast<int>(isa)][log2_bits(bits)];
 }
 
 int crossover(Isa isa, int bits) { return crossover_of(isa, bits).load(std::memory_order_relaxed); }
+
+bool requests_weights() { return traits().requests_weights; }
 
 void set_crossover(Isa isa, int bits, int rows) { crossover_of(isa, bits) = rows; }
 

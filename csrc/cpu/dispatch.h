@@ -25,8 +25,8 @@ extern const KernelSet kNeonKernels[4];
 extern const KernelSet kAvx2Kernels[4];
 extern const KernelSet kAvx512Kernels[4];
 extern const Panel kAmxPanels[4];  // small, exact and quantize are AVX-512's
-// But for look-up tables, and for short spans: every CPU with AMX has VBMI. Null where there is none.
+// With VBMI, for look-up tables and for short spans. Null where AVX-512's own are as good, or none is needed.
 extern const Kernel kVbmiLookups[4];
-extern const Kernel kVbmiShort;  // of 1 bit; at more, VPERMB costs more than it saves where a span ends
+extern const Kernel kVbmiShorts[4];
 
 }  // namespace lowbit

@@ -13,17 +13,19 @@
 namespace lowbit {
 namespace {
 
-// Bytes that are asked for ahead: into L1, and before that, where weights come from memory, into L2, which holds no fill
-// buffer of L1 while memory answers.
+// Bytes that are asked for ahead: into L1 (kOnce), and before that, where weights come from memory, into L2, which holds
+// no fill buffer of L1 while memory answers (kTwice).
+enum class Requests { kNone, kOnce, kTwice };
 constexpr int64_t kPrefetch = 2048, kPrefetchFar = 3072;
-constexpr int64_t kNear =
-    1 << 21;  // a thread's weights below this size may be in L2, where asking twice costs 5 to 25 %
-constexpr int64_t kRun = 1 << 16;  // bytes that a stream reads on end, several blocks where they are shorter
-constexpr int kMemoryRows =
-    2;  // with more rows than these, multiplying takes as long as memory: none of this helps
+// A thread's weights below this size may be in L2, where asking twice costs 5 to 25 %.
+constexpr int64_t kNear = 1 << 21;
+// Bytes that a stream reads on end, several blocks where they are shorter.
+constexpr int64_t kRun = 1 << 16;
+// With more rows than these, multiplying takes as long as memory: runs and a second request do not help.
+constexpr int kMemoryRows = 2;
 
-// kM rows of activations against kN blocks of 16 outputs: kN streams through memory. kTwice: asked for twice.
-template <class S, class Source, int kM, int kN, bool kTwice>
+// kM rows of activations against kN blocks of 16 outputs: kN streams through memory.
+template <class S, class Source, int kM, int kN, Requests kRequests>
 struct Strip {
   static constexpr int kP = Source::kPositions;
   static constexpr int kA = S::kAccumulators < kM * kN ? 1 : S::kAccumulators / (kM * kN);
@@ -59,8 +61,8 @@ struct Strip {
         typename S::Bytes raw[kN];
         unroll<kN>([&](auto n) LOWBIT_LAMBDA {
           const uint8_t* from = w[n] + at + v * kVectorBytes;
-          __builtin_prefetch(from + ahead);
-          if constexpr (kTwice) __builtin_prefetch(from + far_ahead, 0, 2);
+          if constexpr (kRequests != Requests::kNone) __builtin_prefetch(from + ahead);
+          if constexpr (kRequests == Requests::kTwice) __builtin_prefetch(from + far_ahead, 0, 2);
           raw[n] = S::load(from);
         });
         unroll<kP>([&](auto i) LOWBIT_LAMBDA {
@@ -167,13 +169,15 @@ struct Strip {
 template <class S, class Source, int kM>
 void strips(const Job& job, Range blocks, int64_t first, int rows, const typename S::Lut& lut) {
   constexpr int kN = S::blocks(kM, Source::kPositions);
-  if constexpr (kM <= kMemoryRows && Source::kBits > 1) {  // at 1 bit a line takes long enough to multiply
-    if (blocks.size() * job.w.block_bytes() >= kNear) {
-      Strip<S, Source, kM, kN, true>::run(job, blocks, first, rows, lut);
-      return;
+  if constexpr (kM <= kMemoryRows) {
+    if (!requests_weights())
+      return Strip<S, Source, kM, kN, Requests::kNone>::run(job, blocks, first, rows, lut);
+    // At 1 bit a line takes long enough to multiply.
+    if (Source::kBits > 1 && blocks.size() * job.w.block_bytes() >= kNear) {
+      return Strip<S, Source, kM, kN, Requests::kTwice>::run(job, blocks, first, rows, lut);
     }
   }
-  Strip<S, Source, kM, kN, false>::run(job, blocks, first, rows, lut);
+  Strip<S, Source, kM, kN, Requests::kOnce>::run(job, blocks, first, rows, lut);
 }
 
 constexpr int64_t kBlocksAtATime = 4;  // their packed weights stay in L2 while all rows pass

@@ -48,6 +48,8 @@ bool cpu_has_avx512() {
          has(seven.ebx, 30) /* BW */ && has(seven.ebx, 31) /* VL */ && has(seven.ecx, 11) /* VNNI */;
 }
 
+bool cpu_has_vbmi() { return cpu_has_avx512() && has(Cpuid(7, 0).ecx, 1); }
+
 // Linux hands out the 8 KiB tile state on request only; the permission holds for the process and its
 // children.
 bool request_tile_permission() {
@@ -57,9 +59,19 @@ bool request_tile_permission() {
 
 bool cpu_has_amx() {
   const Cpuid seven(7, 0);
-  return cpu_has_avx512() && os_saves(0x60000) && has(seven.edx, 24) /* TILE */ &&
-         has(seven.edx, 25) /* INT8 */ && has(seven.ecx, 1) /* VBMI */ && request_tile_permission();
+  return cpu_has_vbmi() && os_saves(0x60000) && has(seven.edx, 24) /* TILE */ &&
+         has(seven.edx, 25) /* INT8 */ && request_tile_permission();
 }
+
+bool is_zen5_or_later() {
+  const Cpuid vendor(0, 0);
+  const bool amd = vendor.ebx == 0x68747541u && vendor.edx == 0x69746E65u && vendor.ecx == 0x444D4163u;
+  const unsigned version = Cpuid(1, 0).eax, base = version >> 8 & 0xF;
+  return amd && base == 0xF && base + (version >> 20 & 0xFF) >= 0x1A;
+}
+
+// docs/KERNELS.md has the measurements. Zen 5 does better when its prefetchers are left alone, and VPERMB gains nothing.
+Traits detect_traits() { return {cpu_has_vbmi() && !is_zen5_or_later(), !is_zen5_or_later()}; }
 
 bool detect(Isa isa) {
   switch (isa) {
@@ -78,12 +90,20 @@ bool detect(Isa isa) {
 
 #elif defined(__aarch64__)
 
+bool cpu_has_vbmi() { return false; }
+
+Traits detect_traits() { return {false, true}; }
+
 bool detect(Isa isa) {
   constexpr unsigned long kHwcapAsimdDotProduct = 1ul << 20;
   return isa == Isa::kScalar || (isa == Isa::kNeon && (getauxval(AT_HWCAP) & kHwcapAsimdDotProduct));
 }
 
 #else
+
+bool cpu_has_vbmi() { return false; }
+
+Traits detect_traits() { return {false, true}; }
 
 bool detect(Isa isa) { return isa == Isa::kScalar; }
 
@@ -105,6 +125,11 @@ Isa parse(const std::string& what, const std::string& name) {
 }
 
 std::atomic<int> g_selected{-1};
+
+std::atomic<Traits>& current_traits() {
+  static std::atomic<Traits> traits{detect_traits()};
+  return traits;
+}
 
 Isa choose() {
   const char* forced = std::getenv("LOWBIT_ISA");
@@ -147,5 +172,14 @@ Isa find_isa(const std::string& name) { return parse("isa " + name, name); }
 void set_isa(const std::string& name) {
   g_selected = static_cast<int>(name.empty() ? choose() : find_isa(name));
 }
+
+Traits traits() { return current_traits().load(std::memory_order_relaxed); }
+
+void set_traits(const Traits& wanted) {
+  if (wanted.vbmi && !has_vbmi()) throw std::runtime_error("set_traits: this CPU lacks VBMI");
+  current_traits() = wanted;
+}
+
+bool has_vbmi() { return cpu_has_vbmi(); }
 
 }  // namespace lowbit

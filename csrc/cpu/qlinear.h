@@ -70,6 +70,9 @@ struct KernelSet {
 
 enum class Compute { kInt8, kExact };
 
+// Whether kernels for a row or two ask for weights ahead of their use (Traits of isa.h).
+bool requests_weights();
+
 // What kernels want of activations. Matrices that want the same form can share one prepared copy.
 struct Form {
   int64_t k, span;

@@ -6,6 +6,7 @@ namespace lowbit {
 
 const Kernel kVbmiLookups[4] = {nullptr, int8_small<Avx512Vbmi, 2, true>, int8_small<Avx512Vbmi, 4, true>,
                                 nullptr};
-const Kernel kVbmiShort = int8_small<Avx512VbmiShort, 1, true>;
+// With more than 1 bit, VPERMB costs more than it saves where a span ends.
+const Kernel kVbmiShorts[4] = {int8_small<Avx512VbmiShort, 1, true>, nullptr, nullptr, nullptr};
 
 }  // namespace lowbit
