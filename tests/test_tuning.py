@@ -129,7 +129,7 @@ def test_one_process_measures_at_a_time(tmp_path):
 def test_crossover_of_least_time():
     rows = [1, 2, 4, 8]
     assert tune.best_crossover(rows, [1, 2, 4, 8], [3, 3, 3, 3]) == 4
-    assert tune.best_crossover(rows, [1, 1, 1, 1], [2, 2, 2, 2]) == tune.NEVER
+    assert tune.best_crossover(rows, [1, 1, 1, 1], [2, 2, 2, 2]) == tuning.MAX_ROWS
     assert tune.best_crossover(rows, [2, 2, 2, 2], [1, 1, 1, 1]) == 1
     # One slow outlier at 2 rows does not move the crossover down to it.
     assert tune.best_crossover(rows, [1, 2.1, 2, 8], [3, 2.0, 3, 3]) == 8

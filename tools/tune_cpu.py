@@ -1,6 +1,6 @@
 """Measure on this machine from how many rows the CPU kernels for many rows win, and keep it for later runs.
 
-Both kernels of every instruction set and bit width are timed in turns at 1 to 48 rows, on two shapes. The crossover
+Both kernels of every instruction set and bit width are timed in turns at 1 to 128 rows, on two shapes. The crossover
 kept is the one under which all these products together, each weighing the same, take least time.
 """
 
@@ -22,9 +22,8 @@ from lowbit.tables import find_table
 from lowbit.tools import cli
 from lowbit.tools.timing import Effort, compare, quartiles
 
-ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48)
+ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 128)
 SHAPES = ((2048, 512), (2048, 2048))
-NEVER = 64  # rows: where the kernel for few rows wins throughout, it is left at least here
 EFFORT = Effort(warm=0.002, sample=0.002, min_rounds=5, max_rounds=9, total=0.15)
 
 
@@ -39,11 +38,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def best_crossover(rows: Sequence[int], few: Sequence[float], many: Sequence[float]) -> int:
-    """The rows from which the kernel for many should run: least sum of log times. few, many: seconds at each rows."""
+    """The rows from which the kernel for many should run: least sum of log times. few, many: seconds at each rows.
+
+    MAX_ROWS, more than any call has, where the kernel for few wins throughout.
+    """
     gain = [math.log(a / b) for a, b in zip(few, many, strict=True)]
     costs = [-sum(gain[i:]) for i in range(len(rows) + 1)]
     best = min(range(len(costs)), key=costs.__getitem__)
-    return rows[best] if best < len(rows) else max(NEVER, rows[-1] + 1)
+    return rows[best] if best < len(rows) else tuning.MAX_ROWS
+
+
+def start(rows: int) -> str:
+    """A crossover for people."""
+    return f"from {rows} rows" if rows < tuning.MAX_ROWS else "never"
 
 
 def weight_of(n: int, k: int, bits: int) -> PackedWeight:
@@ -110,7 +117,7 @@ def body(args: argparse.Namespace) -> dict[str, Any]:
             tuning.write(path, held, get_threads())
     out = cli.console(args)
     for isa, rows in held.items():
-        out.print(f"{isa}: " + ", ".join(f"{bits} bits from {n} rows" for bits, n in sorted(rows.items())))
+        out.print(f"{isa}: " + ", ".join(f"{bits} bits {start(n)}" for bits, n in sorted(rows.items())))
     out.print(f"{'kept in' if todo else 'measured before, in'} {path}", soft_wrap=True)
     return {"path": str(path), "threads": get_threads(), "crossovers": held, "measured": measured}
 

@@ -43,8 +43,9 @@ std::atomic<int>& crossover_of(Isa isa, int bits) {
   static struct Rows {
     std::atomic<int> rows[kIsaCount][4];
     Rows() {
+      const auto& measured = kCrossover[static_cast<int>(this_cpu())];
       for (int i = 0; i < kIsaCount; ++i) {
-        for (int j = 0; j < 4; ++j) rows[i][j] = kCrossover[i][j];
+        for (int j = 0; j < 4; ++j) rows[i][j] = measured[i][j];
       }
     }
   } all;

@@ -63,15 +63,12 @@ bool cpu_has_amx() {
          has(seven.edx, 25) /* INT8 */ && request_tile_permission();
 }
 
-bool is_zen5_or_later() {
+Cpu detect_cpu() {
   const Cpuid vendor(0, 0);
   const bool amd = vendor.ebx == 0x68747541u && vendor.edx == 0x69746E65u && vendor.ecx == 0x444D4163u;
   const unsigned version = Cpuid(1, 0).eax, base = version >> 8 & 0xF;
-  return amd && base == 0xF && base + (version >> 20 & 0xFF) >= 0x1A;
+  return amd && base == 0xF && base + (version >> 20 & 0xFF) >= 0x1A ? Cpu::kZen5 : Cpu::kAny;
 }
-
-// docs/KERNELS.md has the measurements. Zen 5 does better when its prefetchers are left alone, and VPERMB gains nothing.
-Traits detect_traits() { return {cpu_has_vbmi() && !is_zen5_or_later(), !is_zen5_or_later()}; }
 
 bool detect(Isa isa) {
   switch (isa) {
@@ -92,7 +89,7 @@ bool detect(Isa isa) {
 
 bool cpu_has_vbmi() { return false; }
 
-Traits detect_traits() { return {false, true}; }
+Cpu detect_cpu() { return Cpu::kAny; }
 
 bool detect(Isa isa) {
   constexpr unsigned long kHwcapAsimdDotProduct = 1ul << 20;
@@ -103,7 +100,7 @@ bool detect(Isa isa) {
 
 bool cpu_has_vbmi() { return false; }
 
-Traits detect_traits() { return {false, true}; }
+Cpu detect_cpu() { return Cpu::kAny; }
 
 bool detect(Isa isa) { return isa == Isa::kScalar; }
 
@@ -126,8 +123,10 @@ Isa parse(const std::string& what, const std::string& name) {
 
 std::atomic<int> g_selected{-1};
 
+// Zen 5 does better when its prefetchers are left alone, and VPERMB gains nothing there.
 std::atomic<Traits>& current_traits() {
-  static std::atomic<Traits> traits{detect_traits()};
+  static std::atomic<Traits> traits{
+      Traits{cpu_has_vbmi() && this_cpu() != Cpu::kZen5, this_cpu() != Cpu::kZen5}};
   return traits;
 }
 
@@ -171,6 +170,11 @@ Isa find_isa(const std::string& name) { return parse("isa " + name, name); }
 
 void set_isa(const std::string& name) {
   g_selected = static_cast<int>(name.empty() ? choose() : find_isa(name));
+}
+
+Cpu this_cpu() {
+  static const Cpu cpu = detect_cpu();
+  return cpu;
 }
 
 Traits traits() { return current_traits().load(std::memory_order_relaxed); }

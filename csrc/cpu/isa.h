@@ -27,13 +27,19 @@ Isa selected_isa();
 // goes back to LOWBIT_ISA. Throws like selected_isa().
 void set_isa(const std::string& name);
 
+// Kinds of CPU whose measurements differ (docs/KERNELS.md has them).
+enum class Cpu { kAny, kZen5 };
+constexpr int kCpuCount = 2;
+
+Cpu this_cpu();
+
 // What tells CPUs of one instruction set apart.
 struct Traits {
   bool vbmi;              // AVX-512 kernels look levels up by VPERMB: tables, and 1 bit in short spans
   bool requests_weights;  // kernels for a row or two ask for weights ahead of their use
 };
 
-// What measured faster on this kind of CPU, unless set_traits() changed it for the process (tests and benchmarks compare
+// What was faster on this kind of CPU, unless set_traits() changed it for the process (tests and benchmarks compare
 // both in one run).
 Traits traits();
 
