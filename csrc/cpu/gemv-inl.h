@@ -84,7 +84,7 @@ struct Strip {
     } while (at < last);
     unroll<kM * kN>([&](auto c) LOWBIT_LAMBDA {
       auto& sums = acc[c / kN][c % kN];
-      if constexpr (Source::kMaskable) {
+      if constexpr (Source::kMaskable && kA > 1) {
         unroll<kA>([&](auto i) LOWBIT_LAMBDA {
           constexpr int kUp = decltype(i)::value % kP * Source::kBits;
           if constexpr (kUp > 0) sums[i] = S::template shift_right<kUp>(sums[i]);
