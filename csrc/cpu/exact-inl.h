@@ -23,7 +23,7 @@ LOWBIT_INLINE void exact_span(const Cell<kM, kN>& cell, const float* const (&x)[
 
   const int64_t turn = block_bytes - kPrefetch, jump = kPrefetch + (kN - 1) * block_bytes;  // see gemv-inl.h
   for (int64_t v = begin; v < end; ++v) {
-    const int64_t at = v * cell.w_stride, ahead = at < turn ? kPrefetch : jump;
+    const int64_t at = v * kVectorBytes, ahead = at < turn ? kPrefetch : jump;
     typename S::Bytes raw[kN];
     unroll<kN>([&](auto n) LOWBIT_LAMBDA {
       __builtin_prefetch(cell.w[n] + at + ahead);
@@ -85,12 +85,11 @@ void exact_cell(const Job& job, const Cell<kM, kN>& cell, const typename S::Leve
 }
 
 template <class S, int kBits, int kM>
-void exact_rows(const Job& job, Range blocks, int64_t row, int rows) {
-  constexpr int kN = kM >= S::kMaxRows ? S::kExactBlocks : 2;
+__attribute__((noinline)) void exact_rows(const Job& job, Range blocks, int64_t row, int rows) {
+  constexpr int kN = kM > 2 ? S::kExactBlocks : 2;
   typename S::Levels levels{};
   if constexpr (kBits < 8) levels = S::load_levels(job.w.levels);
   Cell<kM, kN> cell;
-  cell.w_stride = kVectorBytes;
   for (int64_t block = blocks.begin; block < blocks.end; block += kN) {
     place(cell, job, block, static_cast<int>(least(kN, blocks.end - block)), row, rows);
     for (int n = 0; n < kN; ++n) {
@@ -106,13 +105,9 @@ void exact(const Job& job, Range blocks, Range rows, uint8_t* /*scratch*/) {
     const Range some{block, least(block + kBlocksAtATime, blocks.end)};
     for (int64_t m = rows.begin; m < rows.end; m += S::kMaxRows) {
       const int count = static_cast<int>(least(rows.end - m, S::kMaxRows));
-      if (count == 1) {
-        exact_rows<S, kBits, 1>(job, some, m, count);
-      } else if (count == 2) {
-        exact_rows<S, kBits, 2>(job, some, m, count);
-      } else {
-        exact_rows<S, kBits, S::kMaxRows>(job, some, m, count);
-      }
+      // With 16 registers, three rows take longer than four: an accumulator less hides less latency, or more spill.
+      const int64_t kind = S::kMaxRows == 4 && count == 3 ? 4 : count;
+      with_constant<1, S::kMaxRows>(kind, [&](auto kM) { exact_rows<S, kBits, kM>(job, some, m, count); });
     }
   }
 }

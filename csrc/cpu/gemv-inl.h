@@ -41,8 +41,7 @@ struct Strip {
   };
 
   const int8_t* x[kM];
-  int64_t row[kM];  // clamped: rows that do not exist repeat the last one and are not stored
-  int rows;
+  int64_t first;  // row
 
   // total[m][n] = sum over tiles [begin, end) of operand * q, exact in int32. skip: bytes, see Place.
   LOWBIT_INLINE void dot(const uint8_t* const (&w)[kN], int64_t begin, int64_t end, int64_t block_bytes,
@@ -128,7 +127,7 @@ struct Strip {
         scale[n] = S::load_half(scales[n] + s * kTileN);
       });
       unroll<kM>([&](auto m) LOWBIT_LAMBDA {
-        const int64_t at = row[m] * spans + s;
+        const int64_t at = (first + m) * spans + s;
         const typename S::F32 sx = S::set1(job.act.scale[at]);
         const uint32_t offset = static_cast<uint32_t>(b) * static_cast<uint32_t>(job.act.sum[at]);
         unroll<kN>([&](auto n) LOWBIT_LAMBDA {
@@ -141,20 +140,17 @@ struct Strip {
     }
     unroll<kM * kN>([&](auto c) LOWBIT_LAMBDA {
       constexpr int m = decltype(c)::value / kN, n = decltype(c)::value % kN;
-      if (m >= rows || place.of(n) >= place.end) return;
-      const int64_t first = place.of(n) * kTileN;
-      S::store_f32(job.y + row[m] * job.y_stride + first, y[m][n],
-                   static_cast<int>(least(kTileN, w.n - first)));
+      if (place.of(n) >= place.end) return;
+      const int64_t column = place.of(n) * kTileN;
+      S::store_f32(job.y + (first + m) * job.y_stride + column, y[m][n],
+                   static_cast<int>(least(kTileN, w.n - column)));
     });
   }
 
-  static void run(const Job& job, Range blocks, int64_t first, int rows, const typename S::Lut& lut) {
+  static void run(const Job& job, Range blocks, int64_t first, const typename S::Lut& lut) {
     Strip strip;
-    strip.rows = rows;
-    for (int m = 0; m < kM; ++m) {
-      strip.row[m] = first + least(m, rows - 1);
-      strip.x[m] = job.act.at(strip.row[m], 0);
-    }
+    strip.first = first;
+    for (int m = 0; m < kM; ++m) strip.x[m] = job.act.at(first + m, 0);
     const int64_t fitting = kRun / job.w.block_bytes(), run = kM <= kMemoryRows && fitting > 1 ? fitting : 1;
     for (int64_t block = blocks.begin; block < blocks.end; block += kN * run) {
       const int64_t apart = least(run, ceil_div(blocks.end - block, kN));
@@ -167,17 +163,16 @@ struct Strip {
 };
 
 template <class S, class Source, int kM>
-void strips(const Job& job, Range blocks, int64_t first, int rows, const typename S::Lut& lut) {
+void strips(const Job& job, Range blocks, int64_t first, const typename S::Lut& lut) {
   constexpr int kN = S::blocks(kM, Source::kPositions);
   if constexpr (kM <= kMemoryRows) {
-    if (!requests_weights())
-      return Strip<S, Source, kM, kN, Requests::kNone>::run(job, blocks, first, rows, lut);
+    if (!requests_weights()) return Strip<S, Source, kM, kN, Requests::kNone>::run(job, blocks, first, lut);
     // At 1 bit a line takes long enough to multiply.
     if (Source::kBits > 1 && blocks.size() * job.w.block_bytes() >= kNear) {
-      return Strip<S, Source, kM, kN, Requests::kTwice>::run(job, blocks, first, rows, lut);
+      return Strip<S, Source, kM, kN, Requests::kTwice>::run(job, blocks, first, lut);
     }
   }
-  Strip<S, Source, kM, kN, Requests::kOnce>::run(job, blocks, first, rows, lut);
+  Strip<S, Source, kM, kN, Requests::kOnce>::run(job, blocks, first, lut);
 }
 
 constexpr int64_t kBlocksAtATime = 4;  // their packed weights stay in L2 while all rows pass
@@ -191,16 +186,8 @@ void int8_small(const Job& job, Range blocks, Range rows, uint8_t* /*scratch*/) 
   for (int64_t block = blocks.begin; block < blocks.end; block += step) {
     const Range some{block, least(block + step, blocks.end)};
     for (int64_t m = rows.begin; m < rows.end; m += S::kMaxRows) {
-      const int count = static_cast<int>(least(rows.end - m, S::kMaxRows));
-      if (count == 1) {
-        strips<S, Source, 1>(job, some, m, count, lut);
-      } else if (count == 2) {
-        strips<S, Source, 2>(job, some, m, count, lut);
-      } else if (count <= 4 || S::kMaxRows == 4) {
-        strips<S, Source, 4>(job, some, m, count, lut);
-      } else {
-        strips<S, Source, S::kMaxRows>(job, some, m, count, lut);
-      }
+      with_constant<1, S::kMaxRows>(least(rows.end - m, S::kMaxRows),
+                                    [&](auto count) { strips<S, Source, count>(job, some, m, lut); });
     }
   }
 }

@@ -30,6 +30,15 @@ LOWBIT_INLINE void unroll(F&& f) {
   unroll_impl(f, std::make_integer_sequence<int, kCount>());
 }
 
+// f(count) with a constant argument, for a count from kFrom to kTo.
+template <int kFrom, int kTo, class F>
+LOWBIT_INLINE void with_constant(int64_t count, F&& f) {
+  if constexpr (kFrom < kTo) {
+    if (count > kFrom) return with_constant<kFrom + 1, kTo>(count, f);
+  }
+  f(std::integral_constant<int, kFrom>());
+}
+
 LOWBIT_INLINE float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
