@@ -47,6 +47,7 @@ def rotate(calls: Sequence[Call]) -> Call:
 
 def repeats(call: Call, sample: float) -> int:
     """How often to call so that a sample lasts about ``sample`` seconds."""
+    time.sleep(REST)
     call()
     start = time.perf_counter()
     call()
