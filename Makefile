@@ -2,7 +2,7 @@
 #   PYTHON=python3.12 make demo     another interpreter
 #   PIP_ARGS="--proxy ..." make     more arguments for pip
 #   DEMO_ARGS="--restart" make demo arguments of `lowbit demo`
-#   REPORT_ARGS="--docs docs" make bench     also rewrite the measured section of docs/KERNELS.md
+#   REPORT_ARGS="--docs docs" make bench     also rewrite the measured section of docs/KERNELS.md (--name: see report.py)
 
 VENV ?= .venv
 PIP_ARGS ?=

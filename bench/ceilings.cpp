@@ -6,6 +6,9 @@
 // one contiguous part a core), by the fastest way known here; "one_stream": the same by one stream a core. "peak":
 // operations a second, a multiply-add counting two, of each instruction that kernels here live on, on registers or
 // tiles only. Every figure is the best of several runs: a ceiling.
+//
+// As a shared library (-shared -fPIC): read_memory(), to be timed in turn with what reads weights, because the bandwidth
+// of a shared host may change within a run.
 #include <omp.h>
 #include <sys/mman.h>
 
@@ -90,24 +93,35 @@ void read_streams(const char* from, int64_t bytes) {
   for (int i = 0; i < kStreams; ++i) asm volatile("" : : "x"(sum[i][0]));
 }
 
+constexpr decltype(&read_streams) kWays[] = {read<0>, read<4096>, read_streams};
+constexpr int kOneStream = 2;  // ways in which a core reads one stream: the first ones
+
+// On huge pages; nullptr where there is not so much memory.
+char* written_memory(int64_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  madvise(memory, bytes, MADV_HUGEPAGE);
+  return static_cast<char*>(std::memset(memory, 1, bytes));
+}
+
+int64_t share_of(int64_t bytes, int threads) { return bytes / threads / 512 * 512; }
+
 void reads(double seconds, int threads) {
   const int64_t smallest = 1 << 15, largest = int64_t{1} << 30;
-  void* memory = mmap(nullptr, largest, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) std::exit(1);
-  madvise(memory, largest, MADV_HUGEPAGE);
-  std::memset(memory, 1, largest);
-  const char* data = static_cast<const char*>(memory);
+  char* data = written_memory(largest);
+  if (data == nullptr) std::exit(1);
   std::vector<double> one, all;
   for (int64_t set = smallest; set <= largest; set *= 2) {
-    const int64_t share = set / threads / 512 * 512;
+    const int64_t share = share_of(set, threads);
     const int repeats = static_cast<int>(std::max<int64_t>(1, (4 << 20) / set));
-    const auto plain = [&](int rank) { read<0>(data + rank * share, share); };
-    const auto ahead = [&](int rank) { read<4096>(data + rank * share, share); };
-    const auto streams = [&](int rank) { read_streams(data + rank * share, share); };
-    const double by_one =
-        std::min(best(seconds / 3, threads, repeats, plain), best(seconds / 3, threads, repeats, ahead));
+    double by_one = 1e30, by_any = 1e30;
+    for (const auto& way : kWays) {
+      const double time = best(seconds / 3, threads, repeats, [&](int rank) { way(data + rank * share, share); });
+      by_any = std::min(by_any, time);
+      if (&way < kWays + kOneStream) by_one = std::min(by_one, time);
+    }
     one.push_back(share * threads / by_one);
-    all.push_back(share * threads / std::min(by_one, best(seconds / 3, threads, repeats, streams)));
+    all.push_back(share * threads / by_any);
   }
   const auto print = [&](const char* name, const std::vector<double>& rates) {
     std::printf("\"%s\": {", name);
@@ -119,7 +133,7 @@ void reads(double seconds, int threads) {
   print("read", all);
   std::printf(", ");
   print("one_stream", one);
-  munmap(memory, largest);
+  munmap(data, largest);
 }
 
 constexpr int kRuns = 20000;  // rounds of independent instructions a measurement
@@ -191,6 +205,23 @@ void sdot() {
 #endif
 
 }  // namespace
+
+extern "C" {
+
+int read_ways() { return sizeof kWays / sizeof kWays[0]; }
+
+int read_ways_of_one_stream() { return kOneStream; }
+
+char* read_buffer(int64_t bytes) { return written_memory(bytes); }
+
+// Reads a part on every thread.
+void read_memory(const char* data, int64_t bytes, int threads, int way) {
+  const int64_t share = share_of(bytes, threads);
+#pragma omp parallel num_threads(threads)
+  kWays[way](data + omp_get_thread_num() * share, share);
+}
+
+}  // extern "C"
 
 int main(int argc, char** argv) {
   if (argc != 3) return std::fprintf(stderr, "usage: ceilings SECONDS THREADS\n"), 2;

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,15 +76,16 @@ class Ceilings:
         return max(memory, arithmetic, key=lambda b: b.seconds)
 
 
-def program(folder: Path) -> Path:
-    """The compiled probe in ``folder``, made anew where its source or flags changed."""
+def program(folder: Path, *flags: str) -> Path:
+    """The compiled probe in ``folder``, made anew where its source or flags changed; ``flags`` are added to its own."""
     compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++")
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
+    flags = (*FLAGS, *flags)
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
     path = folder / f"ceilings-{key}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{path.name}.{os.getpid()}"
-        subprocess.run([*compiler.split(), *FLAGS, str(SOURCE), "-o", str(temporary)], check=True)
+        subprocess.run([*compiler.split(), *flags, str(SOURCE), "-o", str(temporary)], check=True)
         os.replace(temporary, path)
     return path
 
@@ -95,3 +97,31 @@ def probe(folder: Path, seconds: float, threads: int) -> dict[str, Any]:
         [str(program(folder)), str(seconds), str(threads)], env=env, stdout=subprocess.PIPE, text=True, check=True
     )
     return json.loads(done.stdout)
+
+
+class Reader:
+    """Memory that takes part in a comparison: read in every way the probe knows, in turn with what reads weights.
+
+    The bandwidth of a shared host may change within a run; what is read in the same rounds meets the same state of it.
+    """
+
+    NBYTES = 1 << 29  # past a last cache, as the copies of a cold matrix are
+
+    def __init__(self, folder: Path, threads: int):
+        self._library = ctypes.CDLL(str(program(folder, "-shared", "-fPIC")))
+        self._library.read_buffer.restype = ctypes.c_void_p
+        self._library.read_buffer.argtypes = [ctypes.c_int64]
+        self._library.read_memory.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+        self._threads = threads
+        self._memory = self._library.read_buffer(self.NBYTES)
+        if self._memory is None:
+            raise MemoryError(f"no {self.NBYTES >> 20} MiB of memory to read")
+        one_stream = self._library.read_ways_of_one_stream()
+        self.ways = {
+            way: f"{'one stream' if way < one_stream else 'streams'} {way}" for way in range(self._library.read_ways())
+        }
+
+    def calls(self) -> dict[str, Callable[[], object]]:
+        """Functions that read NBYTES, by the name of the way; names of one stream a core begin with 'one stream'."""
+        read, memory = self._library.read_memory, self._memory
+        return {name: lambda way=way: read(memory, self.NBYTES, self._threads, way) for way, name in self.ways.items()}

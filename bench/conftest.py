@@ -66,6 +66,11 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
+def reader() -> ceilings.Reader:
+    return ceilings.Reader(ROOT / "build" / "bench", torch.get_num_threads())
+
+
+@pytest.fixture(scope="session")
 def record(request: pytest.FixtureRequest, quick: bool):
     """The record of this run, with the machine's ceilings measured before and after."""
     folder = Path(request.config.getoption("--record"))

@@ -2,6 +2,7 @@
 
 python bench/report.py runs/bench/kernels.jsonl                 every cell as a table
 python bench/report.py runs/bench/kernels.jsonl --docs docs     also results/kernels.{json,md,png} and KERNELS.md
+python bench/report.py runs/bench/kernels.jsonl --docs docs --name zen5     another machine's, beside the first's
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Row = dict[str, Any]
 METHOD = (
     "Percentages are of the roofline of the same run: the least time in which the bytes of weights, activations and "
     "outputs can be read (at the bandwidth measured for that working set) or the multiply-adds done (at the peak of "
-    "the instruction set), whichever takes longer. Ratios are their time over ours, medians of paired rounds."
+    "the instruction set), whichever takes longer; cold and at M = 1, what a loop of reads takes in the same rounds. "
+    "Ratios are their time over ours, medians of paired rounds."
 )
 
 
@@ -72,11 +74,19 @@ def evaluate(cell: Row, ceilings: Any) -> Row:
     bound = ceilings.bound(moved, cell["operations"], moved * cell["copies"], cell["isa"])
     percent = 100 * bound.seconds / seconds
     one_stream = {"percent_one_stream": percent * ceilings.gain(moved * cell["copies"])} if bound.by == "read" else {}
+    if cell.get("reads") and bound.by == "read":
+        percent, one_stream["percent_one_stream"] = beside_reads(cell, moved)
     return cell | one_stream | {
         "gbps": cell["nbytes"] / seconds / 1e9, "tops": cell["operations"] / seconds / 1e12,
         "bound": bound.by, "percent": percent,
         "spread": 100 * (cell["us_high"] - cell["us_low"]) / cell["us"],
     }  # fmt: skip
+
+
+def beside_reads(cell: Row, moved: int) -> tuple[float, float]:
+    """Percent of the bandwidth met in the same rounds: of the fastest way to read, and of one stream a core."""
+    shares = {name: 100 * ratio[1] * moved / cell["read_nbytes"] for name, ratio in cell["reads"].items()}
+    return min(shares.values()), min(share for name, share in shares.items() if name.startswith("one stream"))
 
 
 NOISY = 20  # percent between the quartiles
@@ -125,8 +135,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]]) + "\n"
 
 
-def section(data: dict[str, Any]) -> str:
-    """What KERNELS.md shows: the machine, the acceptance table, decoding and rescoring; the rest is linked."""
+def section(data: dict[str, Any], stem: str) -> str:
+    """What KERNELS.md shows: machine, acceptance table, decoding and rescoring; the rest is in results/stem.*."""
     run, cells = data["run"], data["cells"]
     read, peak = data["ceilings"]["read"], data["ceilings"]["peak"]
     plain = [c for c in cells if c["isa"] == run["isa"] and not (c["group"] or c["table"]) and c["compute"] == "int8"]
@@ -145,8 +155,8 @@ def section(data: dict[str, Any]) -> str:
         "### What was asked\n\n" + markdown(sibling("acceptance").rows(data)) + "\n### Decoding, M = 1\n\n"
         + markdown(table([c for c in plain if c["m"] == 1])) + "\n### Rescoring, M = 256\n\n"
         + markdown(table([c for c in plain if c["m"] == 256]))
-        + "\nAll cells: [results/kernels.md](results/kernels.md); their JSON: "
-        "[results/kernels.json](results/kernels.json).\n\n![roofline](results/kernels.png)\n"
+        + f"\nAll cells: [results/{stem}.md](results/{stem}.md); their JSON: "
+        f"[results/{stem}.json](results/{stem}.json).\n\n![roofline](results/{stem}.png)\n"
     )  # fmt: skip
 
 
@@ -194,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("record", help="what make bench wrote")
     p.add_argument("--docs", metavar="FOLDER", help="write results/kernels.* and the section of KERNELS.md there")
+    p.add_argument("--name", metavar="CPU", help="with --docs: results/kernels-CPU.* and a section of their own")
     cli.add_common(p)
     args = p.parse_args(argv)
     return cli.guard("report", lambda: write(load(args.record), args))
@@ -207,11 +218,12 @@ def write(data: dict[str, Any], args: argparse.Namespace) -> None:
             markdown(table(data["cells"])), markdown(sibling("acceptance").rows(data)), noise(data["cells"]), sep="\n"
         )
     if args.docs:
-        docs = Path(args.docs)
-        write_json(docs / "results" / "kernels.json", cli.finite(data))
-        write_text(docs / "results" / "kernels.md", "# Every cell of `make bench`\n\n" + markdown(table(data["cells"])))
-        picture(data, docs / "results" / "kernels.png")
-        replace_section(docs / "KERNELS.md", "measured", section(data))
+        docs, suffix = Path(args.docs), f"-{args.name}" if args.name else ""
+        results = docs / "results" / f"kernels{suffix}"
+        write_json(results.with_suffix(".json"), cli.finite(data))
+        write_text(results.with_suffix(".md"), "# Every cell of `make bench`\n\n" + markdown(table(data["cells"])))
+        picture(data, results.with_suffix(".png"))
+        replace_section(docs / "KERNELS.md", f"measured{suffix}", section(data, results.name))
 
 
 if __name__ == "__main__":

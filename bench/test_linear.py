@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import COLD_BYTES, Cell, activations, check, copies, grid, matrix, variants
+from ceilings import Reader
 from peers import CHEAP_PEERS, PEERS, Absent
 
 from lowbit import linear
@@ -57,8 +58,11 @@ def peer_for(name: str, w: torch.Tensor, bits: int):
     return _peers[name]
 
 
-def measure(cell: Cell, quick: bool, benchmark) -> dict[str, Any]:
-    """What the record says of a cell; times in microseconds, ratios of theirs to ours as quartiles."""
+def measure(cell: Cell, quick: bool, benchmark, reader: Reader) -> dict[str, Any]:
+    """What the record says of a cell; times in microseconds, ratios of theirs to ours as quartiles.
+
+    "reads": the time to read `reader.NBYTES` over ours, for every way to read, where a product is as long as its reads.
+    """
     weight, w = matrix(cell.n, cell.k, cell.bits, cell.group, cell.table)
     x = activations(cell)
     check(cell, weight, x, w)
@@ -70,7 +74,8 @@ def measure(cell: Cell, quick: bool, benchmark) -> dict[str, Any]:
         plain, _ = matrix(cell.n, cell.k, cell.bits, None, None)
         theirs["lowbit plain"] = [plain]
         calls["lowbit plain"] = lambda: linear(x, plain)
-    times = compare(calls, QUICK if quick else FULL)
+    reads = reader.calls() if cell.cold and cell.m == 1 else {}
+    times = compare(calls | reads, QUICK if quick else FULL)
     benchmark.pedantic(calls["lowbit"], rounds=3, iterations=repeats(calls["lowbit"], 0.001))
     low, middle, high = (1e6 * t for t in quartiles(times["lowbit"]))
     return {
@@ -80,15 +85,16 @@ def measure(cell: Cell, quick: bool, benchmark) -> dict[str, Any]:
             name: {"us": 1e6 * quartiles(times[name])[1], "ratio": ratios(times[name], times["lowbit"])}
             for name in theirs
         },
+        "reads": {name: ratios(times[name], times["lowbit"]) for name in reads}, "read_nbytes": reader.NBYTES,
     }  # fmt: skip
 
 
-def test_linear(benchmark, record, quick, cell):
+def test_linear(benchmark, record, reader, quick, cell):
     if cell.id in record.done:
         pytest.skip("measured before; delete the record to measure again")
     set_isa(cell.isa)
     try:
-        result = measure(cell, quick, benchmark)
+        result = measure(cell, quick, benchmark, reader)
     finally:
         set_isa(None)
     what = asdict(cell) | {"isa": cell.isa or record.header["isa"]}

@@ -63,6 +63,23 @@ def test_rates_and_bounds(write):
     assert arithmetic["bound"] == "amx" and arithmetic["percent"] == pytest.approx(85.9, abs=0.1)
 
 
+def test_reads_of_the_same_rounds_replace_the_probe(write):
+    reads = {"one stream 0": [90, 100, 110], "one stream 1": [70, 80, 90], "streams 2": [60, 70, 80]}
+    row = cell(cold=True, reads=reads, read_nbytes=1 << 30)
+    moved = row["nbytes"] + 4 * 2 * 4096
+    (memory,) = report.load(write(RUN, PROBE, row))["cells"]
+    assert memory["percent"] == pytest.approx(100 * 70 * moved / (1 << 30))
+    assert memory["percent_one_stream"] == pytest.approx(100 * 80 * moved / (1 << 30))
+
+
+@pytest.mark.slow
+def test_a_reader_reads_in_every_way(tmp_path):
+    calls = ceilings.Reader(tmp_path, threads=1).calls()
+    assert [name.startswith("one stream") for name in calls] == [True, True, False]
+    for call in calls.values():
+        call()
+
+
 def test_a_ceiling_is_the_best_of_all_probes(write):
     better = {**PROBE, "read": {"1048576": 50e9, "1073741824": 20e9}}
     assert report.load(write(RUN, PROBE, better))["ceilings"]["read"] == {1 << 20: 100e9, 1 << 30: 20e9}
@@ -97,6 +114,17 @@ def test_documents(write, tmp_path, capsys):
     assert (docs / "results" / "kernels.png").stat().st_size > 1000
     assert (docs / "results" / "kernels.md").read_text().count("\n| 4096 x 4096") == 3
     assert "torch fp32" in capsys.readouterr().out
+
+
+def test_another_machine_has_files_and_a_section_of_its_own(write, tmp_path):
+    docs = tmp_path / "docs"
+    (docs / "results").mkdir(parents=True)
+    first = "<!-- begin measured -->\nfirst\n<!-- end measured -->\n"
+    (docs / "KERNELS.md").write_text(first + "<!-- begin measured-zen -->\nstale\n<!-- end measured-zen -->\n")
+    assert report.main([str(write(RUN, PROBE, cell(m=256))), "--docs", str(docs), "--name", "zen"]) == 0
+    text = (docs / "KERNELS.md").read_text()
+    assert text.startswith(first) and "stale" not in text and "results/kernels-zen.json" in text
+    assert sorted(f.name for f in (docs / "results").iterdir()) == [f"kernels-zen.{s}" for s in ("json", "md", "png")]
 
 
 def test_what_is_no_record_is_named(tmp_path, capsys):
